@@ -1,0 +1,78 @@
+"""rankfold: factorized weights for PyTorch. Compress a trained network, reload it anywhere, see what it cost.
+
+    import rankfold
+    report = rankfold.factorize_(model, rankfold.recipes.best, budget=0.8, batches=ids)
+    rankfold.save(model, "out", report=report)
+
+Importing this does no work: every name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Structure": "structure",
+    "build": "structure",
+    "Dense": "structures",
+    "LowRank": "structures",
+    "Sum": "structures",
+    "Layer": "layers",
+    "select": "layers",
+    "replace_": "layers",
+    "Metric": "metric",
+    "Method": "method",
+    "Curve": "method",
+    "DecompositionError": "method",
+    "SVD": "methods",
+    "Frobenius": "metrics",
+    "Activation": "metrics",
+    "AbsMean": "metrics",
+    "Fisher": "metrics",
+    "KFAC": "metrics",
+    "Calibration": "metrics",
+    "Recipe": "factorize",
+    "calibrate": "factorize",
+    "factorize_": "factorize",
+    "Report": "report",
+    "save": "checkpoint",
+    "load_": "checkpoint",
+    "to_dense_": "checkpoint",
+    "verify": "checkpoint",
+}
+_MODULES = ("allocate", "checkpoint", "evaluate", "hf", "metrics", "recipes", "report", "testing", "data")
+
+if TYPE_CHECKING:
+    from rankfold import allocate, checkpoint, data, evaluate, hf, metrics, recipes, report, testing
+    from rankfold.checkpoint import load_, save, to_dense_, verify
+    from rankfold.factorize import Recipe, calibrate, factorize_
+    from rankfold.layers import Layer, replace_, select
+    from rankfold.method import Curve, DecompositionError, Method
+    from rankfold.methods import SVD
+    from rankfold.metric import Metric
+    from rankfold.metrics import KFAC, AbsMean, Activation, Calibration, Fisher, Frobenius
+    from rankfold.report import Report
+    from rankfold.structure import Structure, build
+    from rankfold.structures import Dense, LowRank, Sum
+
+__all__ = [  # noqa: PLE0604, RUF022
+    "KFAC", "SVD", "AbsMean", "Activation", "Calibration", "Curve", "DecompositionError", "Dense", "Fisher", "Frobenius",
+    "Layer", "LowRank", "Method", "Metric", "Recipe", "Report", "Structure", "Sum", "allocate", "build", "calibrate",
+    "checkpoint", "data", "evaluate", "factorize_", "hf", "load_", "metrics", "recipes", "replace_", "report", "save", "select",
+    "testing", "to_dense_", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"rankfold.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"rankfold.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'rankfold' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_MODULES})

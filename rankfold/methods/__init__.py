@@ -1,0 +1,5 @@
+"""Methods: one file for each way of turning a weight into a structure."""
+
+from rankfold.methods.svd import SVD
+
+__all__ = ["SVD"]

@@ -1,0 +1,72 @@
+"""Every paper, one expression each: method x metric x allocator.
+
+    name       metric                       allocator    paper
+    svd        none                         uniform      Eckart & Young 1936
+    fwsvd      Fisher, input side           uniform      arXiv 2207.00112
+    asvd       mean |activation|^½          uniform      arXiv 2312.05821
+    svd_llm    E[x xᵀ]                      uniform      arXiv 2403.07378
+    kfac       E[g gᵀ] and E[x xᵀ]          lagrangian   K-FAC-SVD, ICML 2026
+    best       E‖g‖² · E[x xᵀ]              lagrangian   ours: the cheapest metric whose errors add across layers
+
+A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md). Third parties add
+recipes through the entry-point group `rankfold.recipes`.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from rankfold.allocate import lagrangian, uniform
+from rankfold.factorize import Recipe
+from rankfold.methods import SVD
+from rankfold.metrics import KFAC, AbsMean, Activation, Fisher, Frobenius
+
+svd = Recipe("svd", SVD(), Frobenius(), uniform, "Eckart & Young 1936", "plain truncated SVD; needs no data")
+fwsvd = Recipe(
+    "fwsvd",
+    SVD(),
+    Fisher(),
+    uniform,
+    "arXiv 2207.00112",
+    "Fisher-weighted SVD, for a model tuned to its task",
+)
+asvd = Recipe(
+    "asvd", SVD(), AbsMean(), uniform, "arXiv 2312.05821", "scaled by the mean size of the activations"
+)
+svd_llm = Recipe(
+    "svd_llm", SVD(), Activation(), uniform, "arXiv 2403.07378", "least squared output error of each layer"
+)
+kfac = Recipe(
+    "kfac",
+    SVD(),
+    KFAC(),
+    lagrangian,
+    "ICML 2026 (LEMS, K-FAC-SVD)",
+    "least loss to second order, ranks allocated",
+)
+best = Recipe(
+    "best", SVD(), Activation(output="scalar"), lagrangian, "", "rankfold's default; see docs/benchmarks.md"
+)
+
+
+def available() -> dict[str, Recipe]:
+    """{name: recipe} of this module and of every installed package with an entry point in `rankfold.recipes`."""
+    from importlib.metadata import entry_points
+
+    ours = {name: item for name, item in globals().items() if isinstance(item, Recipe)}
+    theirs = {}
+    for entry in entry_points(group="rankfold.recipes"):
+        item = entry.load()
+        if isinstance(item, Recipe):
+            theirs[entry.name] = item
+    return {**theirs, **ours}
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError with the nearest names."""
+    known = available()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(f"Unknown recipe {name!r}.{hint} Known: {', '.join(sorted(known))}")
+    return known[name]

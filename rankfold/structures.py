@@ -1,0 +1,158 @@
+"""The structures that ship: Dense, LowRank, and Sum, which composes them.
+
+    Dense    W = W                      the matrix itself, as a term of a sum
+    LowRank  W = left right             left (out, rank), right (rank, in)
+    Sum      W = Σ termᵢ                e.g. a frozen Dense plus a trainable LowRank is LoRA
+
+Factors are bias-free `nn.Linear` children, so that quantizers, adapters, exporters and sharding, which look for `nn.Linear`,
+find them without knowing rankfold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.structure import Structure, build, check_size
+
+
+class Dense(Structure, kind="dense"):
+    """W stored as it is. Child `full` (out, in). [the frozen base of an adapter; a term of Sum]"""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(shape)
+        self.full = nn.Linear(self.shape[1], self.shape[0], bias=False, dtype=dtype, device=device)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Dense:
+        """Wrap a tensor (out, in); shares its storage when it is already contiguous."""
+        structure = cls((weight.shape[0], weight.shape[1]), dtype=weight.dtype, device="meta")
+        structure.full.weight = nn.Parameter(weight.contiguous())
+        return structure
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.full(x)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return nn.functional.embedding(index, self.full.weight)
+
+    @property
+    def macs(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def sizes(self) -> dict[str, Any]:
+        return {}
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.full.weight,)
+
+
+class LowRank(Structure, kind="low_rank"):
+    """W = left right, with children `left` (out, rank) and `right` (rank, in). [SVD, FWSVD, ASVD, SVD-LLM, LoRA, …]
+
+    Saves bytes only below the break-even rank, out·in / (out + in). Applying it costs rank·(out + in) multiply-adds a row.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        rank: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(shape)
+        out_features, in_features = self.shape
+        self.rank = check_size(f"low-rank structure of shape {self.shape}: rank", rank, min(self.shape))
+        self.right = nn.Linear(in_features, self.rank, bias=False, dtype=dtype, device=device)
+        self.left = nn.Linear(self.rank, out_features, bias=False, dtype=dtype, device=device)
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> LowRank:
+        """From factors left (out, rank) and right (rank, in) of one dtype."""
+        shape = (left.shape[0], right.shape[1])
+        structure = cls(shape, rank=left.shape[1], dtype=left.dtype, device="meta")
+        structure.left.weight = nn.Parameter(left.contiguous())
+        structure.right.weight = nn.Parameter(right.contiguous())
+        return structure
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.right(x))
+
+    def rows(self, index: Tensor) -> Tensor:
+        return nn.functional.embedding(index, self.left.weight) @ self.right.weight
+
+    @property
+    def macs(self) -> int:
+        return self.rank * (self.shape[0] + self.shape[1])
+
+    def sizes(self) -> dict[str, Any]:
+        return {"rank": self.rank}
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return (self.left.weight, self.right.weight)
+
+
+class Sum(Structure, kind="sum"):
+    """W = Σ termᵢ, structures of one shape, in `terms`. [LoRA: frozen Dense + LowRank; SLTrain: LowRank + sparse]"""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        terms: Sequence[Mapping[str, Any]],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(shape)
+        if not isinstance(terms, Sequence) or isinstance(terms, str) or not 1 <= len(terms) <= 64:
+            raise ValueError(f"a sum has between 1 and 64 terms, each a spec; got {terms!r}")
+        self._adopt([build(term, dtype=dtype, device=device) for term in terms])
+
+    @classmethod
+    def of(cls, *terms: Structure) -> Sum:
+        """The sum of structures of one shape, which become its children."""
+        if not terms:
+            raise ValueError("a sum has at least one term; got none")
+        structure = cls(terms[0].shape, terms=[term.spec() for term in terms], device="meta")
+        structure._adopt(list(terms))
+        return structure
+
+    def _adopt(self, terms: list[Structure]) -> None:
+        for position, term in enumerate(terms):
+            if term.shape != self.shape:
+                raise ValueError(f"term {position} of a sum has shape {term.shape}, the sum has {self.shape}")
+        self.terms = nn.ModuleList(terms)
+
+    def _structures(self) -> list[Structure]:
+        return [term for term in self.terms if isinstance(term, Structure)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self._structures()
+        y = first(x)
+        for term in rest:
+            y = y + term(x)
+        return y
+
+    def rows(self, index: Tensor) -> Tensor:
+        first, *rest = self._structures()
+        rows = first.rows(index)
+        for term in rest:
+            rows = rows + term.rows(index)
+        return rows
+
+    @property
+    def macs(self) -> int:
+        return sum(term.macs for term in self._structures())
+
+    def sizes(self) -> dict[str, Any]:
+        return {"terms": [term.spec() for term in self._structures()]}
