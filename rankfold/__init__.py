@@ -34,7 +34,7 @@ _HOME = {
     "Fisher": "metrics",
     "KFAC": "metrics",
     "Calibration": "metrics",
-    "Recipe": "factorize",
+    "Recipe": "recipe",
     "calibrate": "factorize",
     "factorize_": "factorize",
     "Report": "report",
@@ -48,22 +48,55 @@ _MODULES = ("allocate", "checkpoint", "evaluate", "hf", "metrics", "recipes", "r
 if TYPE_CHECKING:
     from rankfold import allocate, checkpoint, data, evaluate, hf, metrics, recipes, report, testing
     from rankfold.checkpoint import load_, save, to_dense_, verify
-    from rankfold.factorize import Recipe, calibrate, factorize_
+    from rankfold.factorize import calibrate, factorize_
     from rankfold.layers import Layer, replace_, select
     from rankfold.method import Curve, DecompositionError, Method
     from rankfold.methods import SVD
     from rankfold.metric import Metric
     from rankfold.metrics import KFAC, AbsMean, Activation, Calibration, Fisher, Frobenius
+    from rankfold.recipe import Recipe
     from rankfold.report import Report
     from rankfold.structure import Structure, build
     from rankfold.structures import Dense, LowRank, Sum
 
-__all__ = [  # noqa: PLE0604, RUF022
-    "KFAC", "SVD", "AbsMean", "Activation", "Calibration", "Curve", "DecompositionError", "Dense", "Fisher", "Frobenius",
-    "Layer", "LowRank", "Method", "Metric", "Recipe", "Report", "Structure", "Sum", "allocate", "build", "calibrate",
-    "checkpoint", "data", "evaluate", "factorize_", "hf", "load_", "metrics", "recipes", "replace_", "report", "save", "select",
-    "testing", "to_dense_", "verify",
-]  # fmt: skip
+__all__ = [
+    "KFAC",
+    "SVD",
+    "AbsMean",
+    "Activation",
+    "Calibration",
+    "Curve",
+    "DecompositionError",
+    "Dense",
+    "Fisher",
+    "Frobenius",
+    "Layer",
+    "LowRank",
+    "Method",
+    "Metric",
+    "Recipe",
+    "Report",
+    "Structure",
+    "Sum",
+    "allocate",
+    "build",
+    "calibrate",
+    "checkpoint",
+    "data",
+    "evaluate",
+    "factorize_",
+    "hf",
+    "load_",
+    "metrics",
+    "recipes",
+    "replace_",
+    "report",
+    "save",
+    "select",
+    "testing",
+    "to_dense_",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

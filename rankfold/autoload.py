@@ -1,11 +1,12 @@
 """Lets plain `transformers` load a rankfold folder with no import of ours.
 
-torch loads the entry points of group `torch.backends` at the end of `import torch`; ours calls `install`, which costs
-microseconds and imports nothing. When transformers later asks its registry for "rankfold", `rankfold.hf` is imported and
-registers itself. Without it, transformers only warns about an unknown quantizer and returns random weights.
+torch loads the entry points of group `torch.backends` at the end of `import torch`; ours calls `install`,
+which costs microseconds and imports nothing. When transformers later asks its registry for "rankfold",
+`rankfold.hf` is imported and registers itself. Without it, transformers only warns about an unknown quantizer
+and returns random weights.
 
-Never raises: an error here would break `import torch`. Off with RANKFOLD_AUTOLOAD=0 (or TORCH_DEVICE_BACKEND_AUTOLOAD=0): then
-`import rankfold.hf` before loading.
+Never raises: an error here would break `import torch`. Off with RANKFOLD_AUTOLOAD=0 (or
+TORCH_DEVICE_BACKEND_AUTOLOAD=0): then `import rankfold.hf` before loading.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ TABLES = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
 
 
 def install() -> None:
-    """Make the registry of transformers know "rankfold", now or when it is imported. Idempotent; never raises."""
+    """Make the registry of transformers know "rankfold", now or when it is imported. Idempotent; never
+    raises."""
     try:
         if os.environ.get("RANKFOLD_AUTOLOAD") == "0":
             return
@@ -35,7 +37,8 @@ def install() -> None:
 
 
 class _Lazy(dict[str, Any]):
-    """A registry that imports `rankfold.hf`, which fills in the entry, the first time it is asked for "rankfold"."""
+    """A registry that imports `rankfold.hf`, which fills in the entry, the first time it is asked for
+    "rankfold"."""
 
     def __contains__(self, key: object) -> bool:
         if key == "rankfold" and not dict.__contains__(self, key):
@@ -56,7 +59,8 @@ def _extend(module: Any) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module, once, by asking the other finders, and extends its registry when it has been executed."""
+    """Finds one module, once, by asking the other finders, and extends its registry when it has been
+    executed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         if fullname != REGISTRY:

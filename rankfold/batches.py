@@ -1,8 +1,8 @@
 """Batches: what a model is run on, and what its output is differentiated against.
 
-A batch is a mapping of keyword arguments ("labels" among them), a tensor, or a pair (inputs, labels). The gradient of the
-summed cross-entropy is p - e_y at the logits, so neither the loss nor its graph is formed. Drawn labels y ~ p give the true
-Fisher; the batch's own labels give the empirical one.
+A batch is a mapping of keyword arguments ("labels" among them), a tensor, or a pair (inputs, labels). The
+gradient of the summed cross-entropy is p - e_y at the logits, so neither the loss nor its graph is formed.
+Drawn labels y ~ p give the true Fisher; the batch's own labels give the empirical one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def as_batches(model: nn.Module, batches: Iterable[Batch] | None) -> tuple[Itera
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's output on a batch, on the model's device, without its labels unless it cannot do without."""
+    """The model's output on a batch, on the model's device, without its labels unless it cannot do
+    without."""
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
         needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -47,12 +48,15 @@ def call(model: nn.Module, batch: Batch) -> Any:
 def differentiate(
     model: nn.Module, output: Any, batch: Batch, labels: str, generator: torch.Generator
 ) -> None:
-    """Back-propagate the summed cross-entropy of sampled or true labels, from its gradient p - e_y, without forming the loss."""
+    """Back-propagate the summed cross-entropy of sampled or true labels, from its gradient p - e_y, without
+    forming the loss."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or not logits.requires_grad:
         raise ValueError(
-            "this recipe differentiates the model's output, but the output has no `.logits` that depend on the selected layers; "
-            "use the model with its head (…ForCausalLM, …ForSequenceClassification), or a recipe without gradients"
+            "this recipe differentiates the model's output, but the output has no `.logits` that depend on "
+            "the selected layers; "
+            "use the model with its head (…ForCausalLM, …ForSequenceClassification), or a recipe without "
+            "gradients"
         )
     targets = _targets(model, logits, batch) if labels == "data" else _positions(model, logits, batch)
     if targets is None:
@@ -61,8 +65,10 @@ def differentiate(
             loss = getattr(model(**batch), "loss", None)
         if loss is None:
             raise ValueError(
-                "recipe needs labels: give batches a 'labels' entry of class indices shaped like the logits without their "
-                "last dimension, or (for a loss of the model's own) batches of one example whose output has `.loss`"
+                "recipe needs labels: give batches a 'labels' entry of class indices shaped like the logits "
+                "without their "
+                "last dimension, or (for a loss of the model's own) batches of one example whose output has "
+                "`.loss`"
             )
         loss.backward()
         return
@@ -79,7 +85,8 @@ def differentiate(
 
 
 def _targets(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor | None:
-    """True class indices for each row of logits, -100 where there is none; None if the labels are not class indices."""
+    """True class indices for each row of logits, -100 where there is none; None if the labels are not class
+    indices."""
     labels = (
         batch.get("labels") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, tuple) else None
     )
@@ -133,7 +140,8 @@ def count_examples(batch: Batch) -> int:
 
 
 def count_tokens(batch: Batch) -> tuple[int, dict[torch.Size, Tensor]]:
-    """The tokens of a batch (examples, where its input is not integers), and boolean masks of real tokens by shape."""
+    """The tokens of a batch (examples, where its input is not integers), and boolean masks of real tokens by
+    shape."""
     if not isinstance(batch, Mapping):
         x = batch[0] if isinstance(batch, tuple) else batch
         return (x.shape[0] if x.is_floating_point() else x.numel()), {}

@@ -1,9 +1,9 @@
 """Save, load, verify, make dense: files that a stranger can load, written whole or not at all.
 
-A transformers model becomes an ordinary folder of its own `save_pretrained`: safetensors, and config.json with the manifest (see
-`rankfold.manifest`) as `quantization_config`. Any other `nn.Module` becomes `rankfold.json` (the manifest) beside one
-`model.safetensors`. A folder is written beside its place, flushed to disk, and renamed: an interrupt or a full disk leaves the old
-folder as it was. Nothing is pickled.
+A transformers model becomes an ordinary folder of its own `save_pretrained`: safetensors, and config.json
+with the manifest (see `rankfold.manifest`) as `quantization_config`. Any other `nn.Module` becomes
+`rankfold.json` (the manifest) beside one `model.safetensors`. A folder is written beside its place, flushed
+to disk, and renamed: an interrupt or a full disk leaves the old folder as it was. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rankfold import autoload
+from rankfold import autoload, card
 from rankfold.hosts import hosts
 from rankfold.layers import replace_
 from rankfold.manifest import check_manifest, manifest, rebuild_, stamp_, unstamp_
 from rankfold.report import Report
 
 MANIFEST, WEIGHTS = "rankfold.json", "model.safetensors"
+PAGE, CARD = "report.html", "README.md"
 
 
 def save(
@@ -42,15 +43,19 @@ def save(
 ) -> Path:
     """Write a factorized (or dense) model to `folder`, whole or not at all, and return its path.
 
-    `report` adds rankfold_report.json and report.html, and `tokenizer` what the tokenizer saves. Sharding applies to
-    transformers models. Raises ValueError where the folder exists and is not empty, unless `overwrite`, and where the disk has
-    less room than the weights need; OSError where writing fails, with the old folder still in place.
+    `report` adds rankfold_report.json and report.html, and `tokenizer` what the tokenizer saves. Sharding
+    applies to transformers models. Raises ValueError where the folder exists and is not empty, unless
+    `overwrite`, and where the disk has less room than the weights need; OSError where writing fails, with the
+    old folder still in place.
     """
     folder = check_folder(folder, overwrite)
     need = sum(t.numel() * t.element_size() for t in _unshared(model.state_dict()).values())
     free = shutil.disk_usage(_existing(folder)).free
     if free < need:
-        raise ValueError(f"{folder}: the weights need {need:,} bytes, the disk has {free:,}. Free some room or write elsewhere")
+        raise ValueError(
+            f"{folder}: the weights need {need:,} bytes, the disk has {free:,}. Free some room or write "
+            f"elsewhere"
+        )
     with writing(folder) as beside:
         if hasattr(model, "save_pretrained"):
             recipe = report.recipe if report else _recipe(model)
@@ -58,25 +63,44 @@ def save(
                 stamp_(model, recipe)
             model.save_pretrained(beside, max_shard_size=max_shard_size)  # type: ignore[operator]
         else:
-            (beside / MANIFEST).write_text(json.dumps(manifest(model, report.recipe if report else None), indent=2))
+            (beside / MANIFEST).write_text(
+                json.dumps(manifest(model, report.recipe if report else None), indent=2)
+            )
             tensors = {k: t.detach().contiguous().cpu() for k, t in _unshared(model.state_dict()).items()}
             save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         if report is not None:
-            report.save(beside)
+            write_report(report, beside)
     return folder
 
 
-def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Load a folder that `save` wrote from a plain module into `model`, a dense model of the same architecture, in place.
+def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
+    """Write a report in its three forms: rankfold_report.json, report.html, and README.md, the model card."""
+    folder = Path(folder)
+    report.save(folder)
+    for name, text in ((PAGE, report.to_html()), (CARD, card.render(report))):
+        beside = folder / f".{name}.partial"
+        beside.write_text(text, encoding="utf-8")
+        _sync(beside)
+        beside.replace(folder / name)
 
-    (A transformers folder loads through its own `from_pretrained`.) Raises ValueError for a damaged manifest and for tensors
-    that are missing, left over, or of another shape or dtype class; the model is then unchanged.
+
+def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Load a folder that `save` wrote from a plain module into `model`, a dense model of the same
+    architecture, in place.
+
+    (A transformers folder loads through its own `from_pretrained`.) Raises ValueError for a damaged manifest
+    and for tensors that are missing, left over, or of another shape or dtype class; the model is then
+    unchanged.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        hint = "it is a transformers folder: use from_pretrained" if (folder / "config.json").is_file() else "nothing to load"
+        hint = (
+            "it is a transformers folder: use from_pretrained"
+            if (folder / "config.json").is_file()
+            else "nothing to load"
+        )
         raise ValueError(f"{folder} has no {MANIFEST}; {hint}")
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -85,13 +109,18 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     structures = check_manifest(data, MANIFEST)
     state = load_file(folder / WEIGHTS)
     expected = _skeleton(model, structures).state_dict(keep_vars=True)
-    stored = {id(expected[key]) for key in state if key in expected}  # a shared tensor is stored under one of its names
+    stored = {
+        id(expected[key]) for key in state if key in expected
+    }  # a shared tensor is stored under one of its names
     missing = sorted(key for key, tensor in expected.items() if id(tensor) not in stored)
     extra = sorted(set(state) - set(expected))
     if missing or extra:
         raise ValueError(f"{folder / WEIGHTS}: missing tensors {missing[:4]}, left-over tensors {extra[:4]}")
     for key, tensor in state.items():
-        if tensor.shape != expected[key].shape or tensor.is_floating_point() != expected[key].is_floating_point():
+        if (
+            tensor.shape != expected[key].shape
+            or tensor.is_floating_point() != expected[key].is_floating_point()
+        ):
             raise ValueError(
                 f"{folder / WEIGHTS}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the model expects {expected[key].dtype} {tuple(expected[key].shape)}"
@@ -102,7 +131,8 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def to_dense_(model: nn.Module) -> nn.Module:
-    """Replace every structure by the ordinary dense layer of the same function: a checkpoint that needs no rankfold."""
+    """Replace every structure by the ordinary dense layer of the same function: a checkpoint that needs no
+    rankfold."""
     done: dict[int, nn.Parameter] = {}
     for name, host in hosts(model).items():
         dense = host.to_dense()
@@ -114,10 +144,13 @@ def to_dense_(model: nn.Module) -> nn.Module:
     return model
 
 
-def verify(model: nn.Module, folder: str | os.PathLike[str], inputs: Mapping[str, Any] | Tensor | None = None) -> None:
+def verify(
+    model: nn.Module, folder: str | os.PathLike[str], inputs: Mapping[str, Any] | Tensor | None = None
+) -> None:
     """Reload what `save` wrote and compare: every tensor bit for bit and, given `inputs`, every output.
 
-    Raises ValueError naming the first tensor that differs. A transformers model is reloaded through `from_pretrained`.
+    Raises ValueError naming the first tensor that differs. A transformers model is reloaded through
+    `from_pretrained`.
     """
     folder = Path(folder)
     stored = _stored(folder)
@@ -136,35 +169,46 @@ def verify(model: nn.Module, folder: str | os.PathLike[str], inputs: Mapping[str
     again = type(model).from_pretrained(folder, dtype="auto", device_map={"": _device(model)})  # type: ignore[attr-defined]
     mine, theirs = model.state_dict(), again.state_dict()
     if set(mine) != set(theirs):
-        raise ValueError(f"{folder}: the reloaded model has other tensors: {sorted(set(mine) ^ set(theirs))[:4]}")
+        raise ValueError(
+            f"{folder}: the reloaded model has other tensors: {sorted(set(mine) ^ set(theirs))[:4]}"
+        )
     for key, tensor in mine.items():
         if not torch.equal(tensor, theirs[key]):
             raise ValueError(f"{folder}: tensor {key!r} differs after reloading")
     if inputs is not None:
         was = model.training
         with torch.no_grad():
-            pair = [m.eval()(**inputs) if isinstance(inputs, Mapping) else m.eval()(inputs) for m in (model, again)]
+            pair = [
+                m.eval()(**inputs) if isinstance(inputs, Mapping) else m.eval()(inputs)
+                for m in (model, again)
+            ]
         model.train(was)
         one, two = (getattr(output, "logits", output) for output in pair)
         one, two = (output if isinstance(output, Tensor) else output[0] for output in (one, two))
         if not torch.equal(one, two):
-            raise ValueError(f"{folder}: outputs differ after reloading, by up to {float((one - two).abs().max()):.3g}")
+            raise ValueError(
+                f"{folder}: outputs differ after reloading, by up to {float((one - two).abs().max()):.3g}"
+            )
 
 
 def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`folder` as a path that may be written. Raises ValueError if it is a file, or not empty without `overwrite`."""
+    """`folder` as a path that may be written. Raises ValueError if it is a file, or not empty without
+    `overwrite`."""
     folder = Path(folder)
     _recover(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the path of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"{folder} exists and is not empty; pass overwrite=True (--overwrite) or choose another folder")
+        raise ValueError(
+            f"{folder} exists and is not empty; pass overwrite=True (--overwrite) or choose another folder"
+        )
     return folder
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into; it takes its place when everything is on disk, and vanishes otherwise."""
+    """A folder beside `folder` to write into; it takes its place when everything is on disk, and vanishes
+    otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -213,7 +257,8 @@ def _recipe(model: nn.Module) -> Mapping[str, Any] | None:
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the second names of shared tensors: safetensors refuses them, and the model re-ties them."""
+    """A state dict without the second names of shared tensors: safetensors refuses them, and the model
+    re-ties them."""
     seen: set[tuple[Any, ...]] = set()
     kept = {}
     for key, tensor in state.items():
@@ -225,7 +270,8 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _skeleton(model: nn.Module, structures: Mapping[str, Any]) -> nn.Module:
-    """A copy of `model` on meta, with its structures in place: nothing is allocated, and `model` is not touched."""
+    """A copy of `model` on meta, with its structures in place: nothing is allocated, and `model` is not
+    touched."""
     memo: dict[int, Any] = {id(t): _meta(t) for t in (*model.parameters(), *model.buffers())}
     skeleton = copy.deepcopy(model, memo)
     rebuild_(skeleton, structures)

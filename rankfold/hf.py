@@ -2,8 +2,9 @@
 
     AutoModelForCausalLM.from_pretrained("out")          # with rankfold installed; see rankfold/autoload.py
 
-It quantizes nothing: transformers gives out-of-tree weight formats one door, and this is it. The door is strict: a tensor that is
-missing, left over, or of another shape or type fails the load, since transformers alone would warn and go on with random weights.
+It quantizes nothing: transformers gives out-of-tree weight formats one door, and this is it. The door is
+strict: a tensor that is missing, left over, or of another shape or type fails the load, since transformers
+alone would warn and go on with random weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankfold.hosts import hosts
+from rankfold.layers import replace_
 from rankfold.manifest import (
     QUANT_METHOD,
     VERSION,
@@ -25,10 +27,8 @@ from rankfold.manifest import (
     expected_tensors,
     manifest,
     rebuild_,
-
     unstamp_,
 )
-from rankfold.layers import replace_
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -37,12 +37,20 @@ class RankfoldConfig(QuantizationConfigMixin):
     """The manifest as transformers holds it (`config.quantization_config`); see `rankfold.manifest`."""
 
     def __init__(
-        self, structures: Mapping[str, Any] | None = None, version: Any = VERSION, recipe: Any = None, **extra: Any
+        self,
+        structures: Mapping[str, Any] | None = None,
+        version: Any = VERSION,
+        recipe: Any = None,
+        **extra: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.version = version
         self.structures = check_manifest(
-            {"quant_method": QUANT_METHOD, "version": version, "structures": {} if structures is None else structures}
+            {
+                "quant_method": QUANT_METHOD,
+                "version": version,
+                "structures": {} if structures is None else structures,
+            }
         )
         self.recipe = recipe
         unknown = set(extra) - {"quant_method"}
@@ -57,15 +65,19 @@ class RankfoldConfig(QuantizationConfigMixin):
 
 
 class RankfoldQuantizer(HfQuantizer):
-    """Rebuilds structures before loading and checks the files against them; trains, compiles and saves like a dense model."""
+    """Rebuilds structures before loading and checks the files against them; trains, compiles and saves like a
+    dense model."""
 
     requires_calibration = False
     quantization_config: RankfoldConfig
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
         if not self.pre_quantized:
             raise ValueError(
-                "RankfoldConfig describes a model that is already factorized; to factorize a dense one, load it and call "
+                "RankfoldConfig describes a model that is already factorized; to factorize a dense one, "
+                "load it and call "
                 "rankfold.factorize_(model, recipe, budget=…)"
             )
         structures = self.quantization_config.structures
@@ -74,7 +86,8 @@ class RankfoldQuantizer(HfQuantizer):
         _make_strict(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # Nothing is frozen or packed: .half(), .float(), Trainer and torch.compile must see an ordinary model.
+        # Nothing is frozen or packed: .half(), .float(), Trainer and torch.compile must see an ordinary
+        # model.
         for module in model.modules():
             if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
                 module.config._is_quantized = False
@@ -111,14 +124,17 @@ class RankfoldQuantizer(HfQuantizer):
 def check_files(structures: Mapping[str, Any], files: Iterable[str]) -> None:
     """Compare the headers of safetensors files with the manifest, before anything is loaded.
 
-    Raises ValueError naming the first key that is missing, left over, of another shape, or not floating point.
+    Raises ValueError naming the first key that is missing, left over, of another shape, or not floating
+    point.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise ValueError(f"{os.path.basename(file)!r} is not a safetensors file; rankfold never unpickles")
+            raise ValueError(
+                f"{os.path.basename(file)!r} is not a safetensors file; rankfold never unpickles"
+            )
         with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118
+            for key in handle.keys():
                 view = handle.get_slice(key)
                 found[key] = (tuple(view.get_shape()), view.get_dtype())
     if not found:
@@ -127,20 +143,29 @@ def check_files(structures: Mapping[str, Any], files: Iterable[str]) -> None:
     owned = tuple(f"{name}.weight" for name in structures)
     for key, shape in expected.items():
         if key not in found:
-            raise ValueError(f"the checkpoint lacks tensor {key!r} of shape {shape}, which config.json promises")
+            raise ValueError(
+                f"the checkpoint lacks tensor {key!r} of shape {shape}, which config.json promises"
+            )
         if found[key][0] != shape:
-            raise ValueError(f"tensor {key!r} has shape {found[key][0]} in the checkpoint, {shape} in config.json")
+            raise ValueError(
+                f"tensor {key!r} has shape {found[key][0]} in the checkpoint, {shape} in config.json"
+            )
         if found[key][1] not in FLOATS:
-            raise ValueError(f"tensor {key!r} is stored as {found[key][1]}; a factor is one of {', '.join(FLOATS)}")
+            raise ValueError(
+                f"tensor {key!r} is stored as {found[key][1]}; a factor is one of {', '.join(FLOATS)}"
+            )
     seconds = {name for name, spec in structures.items() if "same_as" in spec}
     for key in found:
         owner = next((o for o in owned if key == o or key.startswith(f"{o}.")), None)
         if owner is not None and key not in expected and owner.removesuffix(".weight") not in seconds:
-            raise ValueError(f"the checkpoint has tensor {key!r}, which the structure in config.json does not have")
+            raise ValueError(
+                f"the checkpoint has tensor {key!r}, which the structure in config.json does not have"
+            )
 
 
 def _make_strict(model: Any) -> None:
-    """Turn what transformers would log about keys into an error, except a head that the checkpoint never had."""
+    """Turn what transformers would log about keys into an error, except a head that the checkpoint never
+    had."""
     adjust = model._adjust_missing_and_unexpected_keys
 
     def strict(loading_info: Any) -> Any:
@@ -153,17 +178,23 @@ def _make_strict(model: Any) -> None:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the model: {_few(missing)}")
         unexpected = sorted(loading_info.unexpected_keys)
         if own and unexpected:
-            raise ValueError(f"the checkpoint has {len(unexpected)} tensors that the model does not: {_few(unexpected)}")
+            raise ValueError(
+                f"the checkpoint has {len(unexpected)} tensors that the model does not: {_few(unexpected)}"
+            )
         wrong = sorted(loading_info.mismatched_keys)
         if wrong:
-            raise ValueError(f"tensors of another shape (key, in the checkpoint, in the model): {_few(wrong)}")
+            raise ValueError(
+                f"tensors of another shape (key, in the checkpoint, in the model): {_few(wrong)}"
+            )
         return result
 
     model._adjust_missing_and_unexpected_keys = strict
 
 
 def _few(items: list[Any]) -> str:
-    return ", ".join(str(item) for item in items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+    return ", ".join(str(item) for item in items[:3]) + (
+        f" and {len(items) - 3} more" if len(items) > 3 else ""
+    )
 
 
 def _register() -> None:

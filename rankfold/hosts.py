@@ -1,8 +1,9 @@
 """Hosts: the three modules in which a structured matrix does a layer's work.
 
-A structure is only a matrix. `Linear`, `Conv2d` and `Embedding` own what a matrix has not: bias, unfolding, gathering. The
-structure sits where the weight sat, so the keys of a checkpoint are `<layer>.weight.<...>` and `<layer>.bias`. Code that
-only asks a layer for `weight.dtype`, `.device` or `.shape` is answered by the structure.
+A structure is only a matrix. `Linear`, `Conv2d` and `Embedding` own what a matrix has not: bias, unfolding,
+gathering. The structure sits where the weight sat, so the keys of a checkpoint are `<layer>.weight.<...>` and
+`<layer>.bias`. Code that only asks a layer for `weight.dtype`, `.device` or `.shape` is answered by the
+structure.
 """
 
 from __future__ import annotations
@@ -59,11 +60,13 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """A convolution whose kernel (out, in, kh, kw) is a structured matrix, in one of two readings that its shape tells apart.
+    """A convolution whose kernel (out, in, kh, kw) is a structured matrix, in one of two readings that its
+    shape tells apart.
 
-    channel  W (out, in·kh·kw): patches are rows; of rank r it is r filters of kh x kw, then a 1 x 1 convolution
-    spatial  W (out·kw, in·kh): vertical patches are rows, then kw shifts are added; of rank r it is r filters of kh x 1,
-             then out filters of 1 x kw [Jaderberg et al. 2014; TRP]
+    channel  W (out, in·kh·kw): patches are rows; of rank r it is r filters of kh x kw, then a 1 x 1
+             convolution
+    spatial  W (out·kw, in·kh): vertical patches are rows, then kw shifts are added; of rank r it is r filters
+             of kh x 1, then out filters of 1 x kw [Jaderberg et al. 2014; TRP]
 
     One group only. Input (N, in, H, W), output (N, out, H', W').
     """
@@ -124,7 +127,7 @@ class Conv2d(nn.Module):
             width = (z.shape[-1] - dw * (kw - 1) - 1) // sw + 1
             y = sum(z[:, :, j, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw))
             assert isinstance(y, Tensor)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
     def to_dense(self) -> nn.Conv2d:
         """The ordinary `nn.Conv2d` with the same function."""
@@ -194,7 +197,7 @@ def pad(x: Tensor, geometry: Mapping[str, Any]) -> Tensor:
     return F.pad(x, sides, mode="constant" if mode == "zeros" else mode) if any(sides) else x
 
 
-def _refill(dense: Any, full: Tensor, bias: nn.Parameter | None, training: bool) -> Any:
+def _refill(dense: Any, full: Tensor, bias: Any, training: bool) -> Any:
     dense.weight = nn.Parameter(full)
     if bias is not None:
         dense.bias = bias

@@ -28,7 +28,8 @@ class Layer:
 
     @property
     def lookup(self) -> bool:
-        """True where the input is a row index: the inputs are one-hot rows on the *out* side of W (vocabulary, dim)."""
+        """True where the input is a row index: the inputs are one-hot rows on the *out* side of W
+        (vocabulary, dim)."""
         return isinstance(self.module, nn.Embedding)
 
     @property
@@ -55,7 +56,8 @@ class Layer:
         return rows, columns
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The rows that W multiplies: (examples, rows, in), or (rows, in) for an input of one dimension less."""
+        """The rows that W multiplies: (examples, rows, in), or (rows, in) for an input of one dimension
+        less."""
         if isinstance(self.module, nn.Conv2d):
             kh, kw = self.module.kernel_size
             (sh, sw), (dh, dw) = self.module.stride, self.module.dilation
@@ -94,6 +96,7 @@ class Layer:
         if isinstance(module, nn.Embedding):
             host: Host = Embedding(structure, module.padding_idx)
         elif isinstance(module, nn.Conv2d):
+            assert module.bias is None or isinstance(module.bias, nn.Parameter)
             host = Conv2d(structure, module.bias, vars(module))
         else:
             bias = module.bias
@@ -103,8 +106,9 @@ class Layer:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why this module cannot be a `Layer`, or None if it can. Exact types only: a subclass may read its weight in its own way
-    (`nn.MultiheadAttention` reads `out_proj.weight` without ever calling `out_proj`)."""
+    """Why this module cannot be a `Layer`, or None if it can. Exact types only: a subclass may read its
+    weight in its own way (`nn.MultiheadAttention` reads `out_proj.weight` without ever calling
+    `out_proj`)."""
     if type(module) is nn.Embedding:
         return "the embedding renormalises its rows (max_norm)" if module.max_norm is not None else None
     if type(module) is nn.Conv2d:
@@ -123,17 +127,20 @@ def select(
 ) -> dict[str, Layer]:
     """The layers to factorize, by name. `targets` and `skip` are globs over dotted names.
 
-    Without targets: every linear and convolution, except embeddings and heads (whatever lies outside a transformers model's
-    base model, and whatever shares its parameter with an embedding). With targets: exactly what they match. Layers that share
-    one parameter are all returned; `factorize_` fits them once. `conv` is "channel" or "spatial" (see `Conv2d`).
+    Without targets: every linear and convolution, except embeddings and heads (whatever lies outside a
+    transformers model's base model, and whatever shares its parameter with an embedding). With targets:
+    exactly what they match. Layers that share one parameter are all returned; `factorize_` fits them once.
+    `conv` is "channel" or "spatial" (see `Conv2d`).
 
-    Raises ValueError for a glob that matches no layer (with the nearest names), and where the model itself is the layer.
+    Raises ValueError for a glob that matches no layer (with the nearest names), and where the model itself is
+    the layer.
     """
     if conv not in ("channel", "spatial"):
         raise ValueError(f"conv={conv!r} is not a reading of a convolution; choose 'channel' or 'spatial'")
     if why_not(model) is None:
         raise ValueError(
-            "the model is itself a single layer, which cannot be replaced in place; wrap it: nn.Sequential(layer)"
+            "the model is itself a single layer, which cannot be replaced in place; wrap it: "
+            "nn.Sequential(layer)"
         )
     if isinstance(targets, str) or isinstance(skip, str):
         raise ValueError("targets and skip are lists of globs, e.g. targets=['*.q_proj']")
@@ -178,7 +185,8 @@ def excluded(model: nn.Module) -> dict[str, str]:
 
 
 def left_dense(model: nn.Module, chosen: Mapping[str, Layer]) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Every parameter of two or more dimensions that `chosen` does not hold, with the reason: nothing stays dense silently."""
+    """Every parameter of two or more dimensions that `chosen` does not hold, with the reason: nothing stays
+    dense silently."""
     reasons, modules = excluded(model), dict(model.named_modules())
     taken = {id(layer.tensor) for layer in chosen.values()}
     for name, parameter in model.named_parameters():
@@ -206,7 +214,8 @@ def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() >= 2
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() >= 2
 
 
 def _no_match(pattern: str, able: Mapping[str, Layer], refused: Mapping[str, str]) -> str:

@@ -2,9 +2,10 @@
 
     {"quant_method": "rankfold", "version": 1, "structures": {layer: spec, …}, "recipe": {…}}
 
-A spec is that of `Structure.spec()`; a layer that shares another's matrix says {"same_as": other}. In a transformers model the
-manifest is `config.quantization_config`, so that `save_pretrained` writes it; elsewhere it is `rankfold.json`. A manifest read
-from a file is untrusted: names, shapes and sizes are checked before anything is allocated.
+A spec is that of `Structure.spec()`; a layer that shares another's matrix says {"same_as": other}. In a
+transformers model the manifest is `config.quantization_config`, so that `save_pretrained` writes it;
+elsewhere it is `rankfold.json`. A manifest read from a file is untrusted: names, shapes and sizes are checked
+before anything is allocated.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def manifest(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> dict[
 
 
 def check_manifest(data: Any, where: str = "config.json") -> dict[str, Any]:
-    """The `structures` of a manifest. Raises ValueError for another method, a version of the future, or a wrong shape."""
+    """The `structures` of a manifest. Raises ValueError for another method, a version of the future, or a
+    wrong shape."""
     if not isinstance(data, Mapping) or data.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{where} does not describe a rankfold model: quant_method is not {QUANT_METHOD!r}")
     version = data.get("version")
@@ -45,54 +47,58 @@ def check_manifest(data: Any, where: str = "config.json") -> dict[str, Any]:
         raise ValueError(f"{where}: version={version!r} must be a positive integer")
     if version > VERSION:
         raise ValueError(
-            f"{where} was written by a newer rankfold: its format is version {version}, this one reads up to {VERSION}. "
+            f"{where} was written by a newer rankfold: its format is version {version}, this one reads up "
+            f"to {VERSION}. "
             "Upgrade rankfold"
         )
     structures = data.get("structures")
-    if not isinstance(structures, Mapping) or not all(isinstance(spec, Mapping) for spec in structures.values()):
-        raise ValueError(f"{where}: 'structures' must map layer names to specs; got {type(structures).__name__}")
+    if not isinstance(structures, Mapping) or not all(
+        isinstance(spec, Mapping) for spec in structures.values()
+    ):
+        raise ValueError(
+            f"{where}: 'structures' must map layer names to specs; got {type(structures).__name__}"
+        )
     for name, spec in structures.items():
-        if "same_as" in spec and not (spec["same_as"] in structures and "same_as" not in structures[spec["same_as"]]):
-            raise ValueError(f"{where}: layer {name!r} is the same as {spec['same_as']!r}, which has no structure")
+        if "same_as" in spec:
+            other = spec["same_as"]
+            if not isinstance(other, str) or "same_as" in structures.get(other, {"same_as": other}):
+                raise ValueError(f"{where}: layer {name!r} is the same as {other!r}, which has no structure")
     return dict(structures)
 
 
-def expected_tensors(structures: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of every tensor that the structures themselves store, without a layer's second name."""
-    tensors = {}
-    for name, spec in structures.items():
-        if "same_as" not in spec:
-            for key, tensor in _build(name, spec, None).state_dict().items():
-                tensors[f"{name}.weight.{key}"] = tuple(tensor.shape)
-    return tensors
-
-
 def rebuild_(model: nn.Module, structures: Mapping[str, Any]) -> None:
-    """Replace the layers that `structures` names by hosts of empty structures on meta, of the layers' own dtype.
+    """Replace the layers that `structures` names by hosts of empty structures on meta, of the layers' own
+    dtype.
 
-    Names may carry, or lack, a transformers model's base prefix: a checkpoint of a model with a head loads into the bare
-    model and back. Raises ValueError naming the layer where the name or the shape does not fit, before anything is replaced.
+    Names may carry, or lack, a transformers model's base prefix: a checkpoint of a model with a head loads
+    into the bare model and back. Raises ValueError naming the layer where the name or the shape does not fit,
+    before anything is replaced.
     """
-    built: dict[str, tuple[str, Layer, Structure]] = {}
+    names = dict(model.named_modules())
+    shared: dict[str, Structure] = {}  # by the name that has the spec: JSON does not keep the order of layers
+    placed: list[tuple[str, Layer, Structure]] = []
     for name, spec in structures.items():
-        target = _find(model, name)
+        target = _find(model, name, names)
         if target is None:
             continue
-        module = model.get_submodule(target)
+        module = names[target]
         reason = why_not(module)
         if reason is not None:
             raise ValueError(f"layer {name!r} cannot hold a structure: {reason}")
         source = spec.get("same_as", name)
-        structure = built[source][2] if source in built else None
-        if structure is None:
+        if source not in shared:
             assert isinstance(module.weight, nn.Parameter)
-            structure = _build(name, structures[source], module.weight.dtype)
-        layer = next((view for view in (Layer(module), Layer(module, True)) if view.shape == structure.shape), None)
+            shared[source] = _build(source, structures[source], module.weight.dtype)
+        structure = shared[source]
+        views = (Layer(module), Layer(module, spatial=True))
+        layer = next((view for view in views if view.shape == structure.shape), None)
         if layer is None:
-            shape = Layer(module).shape
-            raise ValueError(f"layer {name!r} has shape {shape}, but its structure in the manifest has {structure.shape}")
-        built[name] = (target, layer, structure)
-    for target, layer, structure in built.values():
+            raise ValueError(
+                f"layer {name!r} has shape {views[0].shape}, but its structure in the manifest has "
+                f"{structure.shape}"
+            )
+        placed.append((target, layer, structure))
+    for target, layer, structure in placed:
         replace_(model, target, layer.wrap(structure))
     retie_(model)
 
@@ -104,26 +110,38 @@ def _build(name: str, spec: Mapping[str, Any], dtype: torch.dtype | None) -> Str
         raise ValueError(f"layer {name!r}: {error}") from error
 
 
-def _find(model: nn.Module, name: str) -> str | None:
-    """The layer's name in this model; None if it belongs to a head that this model does not have."""
-    names = dict(model.named_modules())
+def _find(model: nn.Module, name: str, names: Mapping[str, nn.Module]) -> str | None:
+    """The layer's name in this model; None if it belongs to a part that only the checkpoint's class has."""
     prefix = getattr(model, "base_model_prefix", "")
     candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
     found = next((candidate for candidate in candidates if candidate in names and candidate), None)
     if found is None:
-        bare = getattr(model, "base_model", None) is model and prefix and not name.startswith(f"{prefix}.")
-        if bare and name.partition(".")[0] not in {child for child, _ in model.named_children()}:
+        top = candidates[-1].partition(".")[0]
+        if not is_own(model) and not {top, f"{prefix}.{top}"} & set(names):
             return None
         close = difflib.get_close_matches(name, list(names), n=2)
         hint = f" Nearest: {close}." if close else ""
-        raise ValueError(f"the manifest names layer {name!r}, which {type(model).__name__} does not have.{hint}")
+        raise ValueError(
+            f"the manifest names layer {name!r}, which {type(model).__name__} does not have.{hint}"
+        )
     return found
 
 
+def is_own(model: nn.Module) -> bool:
+    """Is the model of the class that its config says was saved? (Another may lack a head, or bring a new
+    one.)"""
+    written = getattr(getattr(model, "config", None), "architectures", None)
+    return not written or type(model).__name__ in written
+
+
 def stamp_(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> None:
-    """Let a transformers model describe itself, so that its own `save_pretrained` writes what `from_pretrained` reads."""
+    """Let a transformers model describe itself, so that its own `save_pretrained` writes what
+    `from_pretrained` reads."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(model, "save_pretrained"):
+        held = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+        if held is not None and getattr(held, "quant_method", None) != QUANT_METHOD:
+            unstamp_(model)  # it unpacked the weights while loading, and would now refuse to save them
         config.quantization_config = manifest(model, recipe)
         retie_(model)
 
@@ -140,12 +158,13 @@ def unstamp_(model: nn.Module) -> None:
         if holder is not None and name in vars(holder):
             delattr(holder, name)
     if hasattr(model, "is_quantized") and "is_quantized" in vars(model):
-        model.is_quantized = False
+        setattr(model, "is_quantized", False)  # noqa: B010
     _refresh_ties(model)
 
 
 def retie_(model: nn.Module) -> None:
-    """Tell transformers which factors are one tensor under two names, in place of the dense weights it knew."""
+    """Tell transformers which factors are one tensor under two names, in place of the dense weights it
+    knew."""
     keys = getattr(model, "_tied_weights_keys", None)
     if not isinstance(keys, Mapping):
         return

@@ -1,7 +1,7 @@
 """What a method is: (weight, metric, size) -> structure, and the curve of what each size costs and loses.
 
-A method offers a menu of sizes for a shape, dense always last: *leave it dense* is the allocator's choice, not an exception.
-Concrete methods are frozen dataclasses: printable, comparable, JSON.
+A method offers a menu of sizes for a shape, dense always last: *leave it dense* is the allocator's choice,
+not an exception. Concrete methods are frozen dataclasses: printable, comparable, JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Curve:
 
 
 class Method(ABC):
-    """Turns (weight, metric, size) into a structure. Subclass as `class SVD(Method, kind="svd")`, a frozen dataclass."""
+    """Turns (weight, metric, size) into a structure. Subclass as `class SVD(Method, kind="svd")`, a frozen
+    dataclass."""
 
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Method]]] = {}
@@ -49,7 +50,8 @@ class Method(ABC):
 
     @abstractmethod
     def menu(self, shape: tuple[int, int]) -> list[Size]:
-        """The sizes worth considering for a weight of this shape, from the smallest; every one smaller than dense."""
+        """The sizes worth considering for a weight of this shape, from the smallest; every one smaller than
+        dense."""
 
     @abstractmethod
     def empty(
@@ -59,10 +61,11 @@ class Method(ABC):
 
     @abstractmethod
     def fit(self, weight: Tensor, metric: Metric, size: Size) -> Structure:
-        """The structure of this size nearest to `weight` (out, in) in the metric, in the weight's dtype and device.
+        """The structure of this size nearest to `weight` (out, in) in the metric, in the weight's dtype and
+        device.
 
-        Raises ValueError for a size outside (0, min(out, in)] and for weights that are not finite, DecompositionError
-        where every solver failed.
+        Raises ValueError for a size outside (0, min(out, in)] and for weights that are not finite,
+        DecompositionError where every solver failed.
         """
 
     @abstractmethod
@@ -72,7 +75,8 @@ class Method(ABC):
     def measure(
         self, weight: Tensor, metric: Metric, sizes: Sequence[Size]
     ) -> tuple[list[float], tuple[float, ...]]:
-        """The errors, and the squared singular values in the metric (descending) where the method knows them."""
+        """The errors, and the squared singular values in the metric (descending) where the method knows
+        them."""
         return self.errors(weight, metric, sizes), ()
 
     def curve(self, weight: Tensor, metric: Metric, unit: str = "nbytes") -> Curve:

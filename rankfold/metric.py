@@ -1,8 +1,9 @@
 """What an error in a weight costs: ‖E‖² = tr(left E right Eᵀ), with left (out) and right (in) second moments.
 
-Each side is None (identity), a scalar, a vector (diagonal) or a positive semi-definite matrix. Frobenius, FWSVD, ASVD,
-SVD-LLM and K-FAC differ in nothing but their two sides. The moments themselves are kept, not their roots: the truncation
-needs only the root of the smaller side, and layers that share an input share one tensor.
+Each side is None (identity), a scalar, a vector (diagonal) or a positive semi-definite matrix. Frobenius,
+FWSVD, ASVD, SVD-LLM and K-FAC differ in nothing but their two sides. The moments themselves are kept, not
+their roots: the truncation needs only the root of the smaller side, and layers that share an input share one
+tensor.
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ class Metric:
                 )
             if not torch.isfinite(side).all():
                 raise ValueError(
-                    f"layer {name!r}: the metric's {label} side holds NaN or infinity. The model's activations or "
-                    "gradients overflow on the calibration data; calibrate in float32 or bfloat16, or check the data"
+                    f"layer {name!r}: the metric's {label} side holds NaN or infinity. The model's "
+                    f"activations or "
+                    "gradients overflow on the calibration data; calibrate in float32 or bfloat16, or check "
+                    "the data"
                 )
 
 
@@ -76,8 +79,8 @@ def times(side: Tensor | None, columns: Tensor) -> Tensor:
 
 
 def root(side: Tensor | None, power: float = 0.5) -> Tensor | None:
-    """side^power in float64, in the side's own form. Negative powers invert on the range only (eigenvalues above FLOOR
-    x the largest), so a singular moment has a root, an inverse root, and never an exception."""
+    """side^power in float64, in the side's own form. Negative powers invert on the range only (eigenvalues
+    above FLOOR x the largest), so a singular moment has a root, an inverse root, and never an exception."""
     if side is None:
         return None
     side = side.double()
@@ -94,7 +97,8 @@ def _power(values: Tensor, power: float) -> Tensor:
 
 
 def shrunk(side: Tensor, amount: float) -> Tensor:
-    """(1 - amount) side + amount · mean(diagonal) · I: the same trace, no zero eigenvalue. Relative, hence unit-free."""
+    """(1 - amount) side + amount · mean(diagonal) · I: the same trace, no zero eigenvalue. Relative, hence
+    unit-free."""
     if side.dim() == 2:
         side = side * (1 - amount)
         side.diagonal().add_(side.diagonal().mean() * (amount / (1 - amount)))

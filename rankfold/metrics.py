@@ -4,10 +4,11 @@
     AbsMean     right = mean|x|^2α             ASVD
     Fisher      right = Fisher summed over out, to the power 2·½        FWSVD
     Activation  right = E[x xᵀ]                SVD-LLM, CoSpaDi;  with output="scalar", left = E‖g‖²/out
-    KFAC        left = E[g gᵀ], right = E[x xᵀ]  K-FAC-SVD: the error is nats per token, and adds across layers
+    KFAC        left = E[g gᵀ], right = E[x xᵀ]  K-FAC-SVD: the error is nats per token, and adds across
+                layers
 
-Right moments are divided by the tokens of the calibration set (examples, where the input is not tokens), so that errors are per
-token. Nothing is stored but the moments.
+Right moments are divided by the tokens of the calibration set (examples, where the input is not tokens), so
+that errors are per token. Nothing is stored but the moments.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankfold.batches import Batch
 from rankfold.layers import Layer
 from rankfold.metric import Metric, shrunk
-from rankfold.batches import Batch
 from rankfold.observe import observe
 
 Progress = Callable[[str, int, int | None], None]
 
 
 class Calibration(ABC):
-    """A metric's recipe: call it to calibrate. Subclass as `class KFAC(Calibration, kind="kfac")`, a frozen dataclass."""
+    """A metric's recipe: call it to calibrate. Subclass as `class KFAC(Calibration, kind="kfac")`, a frozen
+    dataclass."""
 
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Calibration]]] = {}
@@ -69,10 +71,11 @@ class Frobenius(Calibration, kind="frobenius"):
 
 @dataclass(frozen=True)
 class Activation(Calibration, kind="activation"):
-    """right = E[x xᵀ], so that ‖E‖² is the squared output error on the calibration data [SVD-LLM: arXiv 2403.07378].
+    """right = E[x xᵀ], so that ‖E‖² is the squared output error on the calibration data [SVD-LLM: arXiv
+    2403.07378].
 
-    output  None, or "scalar": left = E‖g‖²/out with g the gradient of the loss of sampled labels at the output, which puts
-            the errors of all layers in one unit, the loss, so that they may be added
+    output  None, or "scalar": left = E‖g‖²/out with g the gradient of the loss of sampled labels at the
+            output, which puts the errors of all layers in one unit, the loss, so that they may be added
     power   exponent on that scalar
     shrink  in [0, 1): share of the trace moved to the identity; for fewer tokens than inputs
     """
@@ -129,8 +132,9 @@ class AbsMean(Calibration, kind="absmean"):
 
 @dataclass(frozen=True)
 class Fisher(Calibration, kind="fisher"):
-    """The empirical Fisher diagonal of the true labels, row-summed: one weight per input feature, f = Σ_out E[(dL/dW)²], and
-    right = diag(f^2·power) [FWSVD: arXiv 2207.00112]. Exact per example: gradients are squared before they are averaged.
+    """The empirical Fisher diagonal of the true labels, row-summed: one weight per input feature, f = Σ_out
+    E[(dL/dW)²], and right = diag(f^2·power) [FWSVD: arXiv 2207.00112]. Exact per example: gradients are
+    squared before they are averaged.
 
     axes   "in" (the paper), "out" (one weight per output) or "both"
     power  exponent on f inside the factorization; the paper's is ½
@@ -160,9 +164,11 @@ class Fisher(Calibration, kind="fisher"):
 
 @dataclass(frozen=True)
 class KFAC(Calibration, kind="kfac"):
-    """left = E[g gᵀ] over tokens with sampled labels, right = E[x xᵀ]: ½‖E‖² ≈ KL(original ‖ factorized) in nats per token.
+    """left = E[g gᵀ] over tokens with sampled labels, right = E[x xᵀ]: ½‖E‖² ≈ KL(original ‖ factorized) in
+    nats per token.
 
-    shrink_in, shrink_out  shares of the trace moved to the identity on either side (0.1 and 0.3: KFAC-SVD's public code)
+    shrink_in, shrink_out  shares of the trace moved to the identity on either side (0.1 and 0.3: KFAC-SVD's
+                           public code)
     """
 
     shrink_in: float = 0.1

@@ -1,11 +1,12 @@
 """One pass over calibration data: forward hooks, backward hooks, and nothing kept but sums.
 
-    second    E[x xᵀ] (in, in), or token frequencies (vocabulary,) for an embedding; one tensor for layers that share an input
+    second    E[x xᵀ] (in, in), or token frequencies (vocabulary,) for an embedding; one tensor for layers
+              that share an input
     gradient  E[g gᵀ] (out, out) over rows;  energy  E‖g‖²/out
     fisher    Σ_in and Σ_out of the mean over examples of (dL/dW)²
 
-Products are formed in float32 blocks and summed in float64; padding is excluded. Weights need no gradient: the graph starts at
-the first selected layer, so a backward pass costs one more forward, not two.
+Products are formed in float32 blocks and summed in float64; padding is excluded. Weights need no gradient:
+the graph starts at the first selected layer, so a backward pass costs one more forward, not two.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ def observe(
     seed: int = 0,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Observation:
-    """Run the model over `batches` in eval mode and sum what is asked: input "gram" | "absolute", gradient "scalar" |
-    "matrix", fisher.
+    """Run the model over `batches` in eval mode and sum what is asked: input "gram" | "absolute", gradient
+    "scalar" | "matrix", fisher.
 
-    A batch is a mapping of keyword arguments, a tensor, or (inputs, labels); an int tensor (sequences, length) given as
-    `batches` is cut into batches of four. `labels` "sampled" draws y ~ p from the model's own output; "data" takes the batch's
-    labels, which for a causal language model are its own tokens, shifted once. Mode, gradients and requires_grad are restored.
+    A batch is a mapping of keyword arguments, a tensor, or (inputs, labels); an int tensor (sequences,
+    length) given as `batches` is cut into batches of four. `labels` "sampled" draws y ~ p from the model's
+    own output; "data" takes the batch's labels, which for a causal language model are its own tokens, shifted
+    once. Mode, gradients and requires_grad are restored.
 
     Raises ValueError when there is no data, the model has no logits to differentiate, or a sum is not finite.
     """
@@ -113,7 +115,8 @@ def _hooked(
     def after(name: str, x: Tensor, y: Tensor) -> Tensor | None:
         if not backward:
             return None
-        # The weights need no gradient, so the first layer's output starts the graph; a clone may be changed in place.
+        # The weights need no gradient, so the first layer's output starts the graph; a clone may be changed
+        # in place.
         y = y.clone() if y.requires_grad else y.detach().requires_grad_(True).clone()
         pending[name] += 1
         x = x.detach()
@@ -146,7 +149,8 @@ def _hooked(
 
 
 def _leaders(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> dict[str, str]:
-    """{layer: the first layer that is always called on the very same tensors}, found by running one example."""
+    """{layer: the first layer that is always called on the very same tensors}, found by running one
+    example."""
     alive: dict[int, tuple[weakref.ref[Tensor], int]] = {}
     calls: dict[str, list[int]] = {name: [] for name in layers}
     serials = itertools.count()

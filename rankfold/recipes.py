@@ -6,10 +6,11 @@
     asvd       mean |activation|^½          uniform      arXiv 2312.05821
     svd_llm    E[x xᵀ]                      uniform      arXiv 2403.07378
     kfac       E[g gᵀ] and E[x xᵀ]          lagrangian   K-FAC-SVD, ICML 2026
-    best       E‖g‖² · E[x xᵀ]              lagrangian   ours: the cheapest metric whose errors add across layers
+    best       E‖g‖² · E[x xᵀ]              lagrangian   ours: the cheapest metric whose errors add across
+               layers
 
-A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md). Third parties add
-recipes through the entry-point group `rankfold.recipes`.
+A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md).
+Third parties add recipes through the entry-point group `rankfold.recipes`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from __future__ import annotations
 import difflib
 
 from rankfold.allocate import lagrangian, uniform
-from rankfold.factorize import Recipe
 from rankfold.methods import SVD
 from rankfold.metrics import KFAC, AbsMean, Activation, Fisher, Frobenius
+from rankfold.recipe import Recipe
 
 svd = Recipe("svd", SVD(), Frobenius(), uniform, "Eckart & Young 1936", "plain truncated SVD; needs no data")
 fwsvd = Recipe(
@@ -50,7 +51,8 @@ best = Recipe(
 
 
 def available() -> dict[str, Recipe]:
-    """{name: recipe} of this module and of every installed package with an entry point in `rankfold.recipes`."""
+    """{name: recipe} of this module and of every installed package with an entry point in
+    `rankfold.recipes`."""
     from importlib.metadata import entry_points
 
     ours = {name: item for name, item in globals().items() if isinstance(item, Recipe)}

@@ -4,8 +4,8 @@ A structure is a matrix W (out, in) stored as something smaller, and applied wit
 
     The law: a structure is its spec (small JSON) plus its state dict, and nothing else.
 
-`build(s.spec())` followed by `load_state_dict(s.state_dict())` is the identity. Saving, reloading on the meta device, knowing
-the cost before fitting and diffs between models all follow from that one sentence.
+`build(s.spec())` followed by `load_state_dict(s.state_dict())` is the identity. Saving, reloading on the meta
+device, knowing the cost before fitting and diffs between models all follow from that one sentence.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 MAX_SIDE = 2**31 - 1  # indices are int32 in memory; a larger side is a damaged spec, not a matrix
 
 
 class Structure(nn.Module, ABC):
-    """A matrix W of shape (out, in) in factored form. Subclass it as `class LowRank(Structure, kind="low_rank")`.
+    """A matrix W of shape (out, in) in factored form. Subclass it as `class LowRank(Structure,
+    kind="low_rank")`.
 
-    A concrete class is final. Its constructor takes `(shape, *, <sizes>, dtype=None, device=None)` where the sizes are
-    JSON values, and it implements `forward`, `rows`, `macs` and `sizes`. Everything else is derived. Parameters and
-    persistent buffers hold the whole state: no non-persistent buffers, since checkpoints are rebuilt on the meta device.
+    A concrete class is final. Its constructor takes `(shape, *, <sizes>, dtype=None, device=None)` where the
+    sizes are JSON values, and it implements `forward`, `rows`, `macs` and `sizes`. Everything else is
+    derived. Parameters and persistent buffers hold the whole state: no non-persistent buffers, since
+    checkpoints are rebuilt on the meta device.
     """
 
     kind: ClassVar[str]
@@ -56,7 +59,8 @@ class Structure(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:
-        """W[index] for an integer tensor of any shape; returns (*index.shape, in). An embedding is this lookup."""
+        """W[index] for an integer tensor of any shape; returns (*index.shape, in). An embedding is this
+        lookup."""
 
     @property
     @abstractmethod
@@ -68,7 +72,8 @@ class Structure(nn.Module, ABC):
         """The JSON values that, with the shape, rebuild an empty copy."""
 
     def factors(self) -> tuple[Tensor, ...] | None:
-        """The dense matrices whose product is W, the first-applied last, or None where W is not a plain product."""
+        """The dense matrices whose product is W, the first-applied last, or None where W is not a plain
+        product."""
         return None
 
     def spec(self) -> dict[str, Any]:
@@ -78,6 +83,16 @@ class Structure(nn.Module, ABC):
     def to_dense(self) -> Tensor:
         """W as an ordinary tensor (out, in), in the structure's own dtype."""
         return self.rows(torch.arange(self.shape[0], device=self.device))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Some models read a layer's weight and never call the layer: torch then gets W rebuilt. Right, not
+        fast."""
+
+        def rebuilt(value: Any) -> Any:
+            return value.to_dense() if isinstance(value, Structure) else value
+
+        return func(*tree_map(rebuilt, tuple(args)), **tree_map(rebuilt, kwargs or {}))
 
     @property
     def params(self) -> int:
@@ -115,7 +130,8 @@ def check_shape(shape: Any) -> tuple[int, int]:
 
 
 def check_size(name: str, value: Any, largest: int) -> int:
-    """`value` as an int with 1 <= value <= largest. Raises ValueError naming the size and both numbers otherwise."""
+    """`value` as an int with 1 <= value <= largest. Raises ValueError naming the size and both numbers
+    otherwise."""
     if not is_size(value) or value > largest:
         raise ValueError(f"{name}={value!r} must be an integer between 1 and {largest}")
     return int(value)
@@ -132,9 +148,19 @@ def build(
 ) -> Structure:
     """An unfilled structure from its spec; the inverse of `.spec()`. On device "meta" this costs nothing.
 
-    Raises ValueError for an unknown kind, missing or unknown sizes, and sizes that are negative or absurd: a spec read
-    from a file is untrusted, and nothing is allocated before it has been checked.
+    Raises ValueError for an unknown kind, missing or unknown sizes, sizes that are negative or absurd, and
+    specs nested beyond reason: a spec read from a file is untrusted, and nothing is allocated before it has
+    been checked.
     """
+    try:
+        return _build(spec, dtype, device)
+    except RecursionError:
+        raise ValueError("a structure's spec is nested too deeply to be one") from None
+
+
+def _build(
+    spec: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device | str | None
+) -> Structure:
     if not isinstance(spec, Mapping) or "kind" not in spec:
         raise ValueError(f"a structure's spec is an object with 'kind' and 'shape'; got {spec!r}")
     kind = spec["kind"]
@@ -153,11 +179,13 @@ def build(
         raise ValueError(
             f"the spec of structure {kind!r} does not fit it: {error}; spec {dict(spec)!r}"
         ) from None
-    return cls(**arguments, dtype=dtype, device=device)
+    construct: Any = cls
+    return construct(**arguments, dtype=dtype, device=device)
 
 
 def import_extensions() -> None:
-    """Import every installed package that offers recipes, so that the structures and methods it defines are known."""
+    """Import every installed package that offers recipes, so that the structures and methods it defines are
+    known."""
     from importlib.metadata import entry_points
 
     for entry in entry_points(group="rankfold.recipes"):

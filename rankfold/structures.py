@@ -4,8 +4,8 @@
     LowRank  W = left right             left (out, rank), right (rank, in)
     Sum      W = Σ termᵢ                e.g. a frozen Dense plus a trainable LowRank is LoRA
 
-Factors are bias-free `nn.Linear` children, so that quantizers, adapters, exporters and sharding, which look for `nn.Linear`,
-find them without knowing rankfold.
+Factors are bias-free `nn.Linear` children, so that quantizers, adapters, exporters and sharding, which look
+for `nn.Linear`, find them without knowing rankfold.
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ class Dense(Structure, kind="dense"):
 
 
 class LowRank(Structure, kind="low_rank"):
-    """W = left right, with children `left` (out, rank) and `right` (rank, in). [SVD, FWSVD, ASVD, SVD-LLM, LoRA, …]
+    """W = left right, with children `left` (out, rank) and `right` (rank, in). [SVD, FWSVD, ASVD, SVD-LLM,
+    LoRA, …]
 
-    Saves bytes only below the break-even rank, out·in / (out + in). Applying it costs rank·(out + in) multiply-adds a row.
+    Saves bytes only below the break-even rank, out·in / (out + in). Applying it costs rank·(out + in)
+    multiply-adds a row.
     """
 
     def __init__(
@@ -103,7 +105,8 @@ class LowRank(Structure, kind="low_rank"):
 
 
 class Sum(Structure, kind="sum"):
-    """W = Σ termᵢ, structures of one shape, in `terms`. [LoRA: frozen Dense + LowRank; SLTrain: LowRank + sparse]"""
+    """W = Σ termᵢ, structures of one shape, in `terms`. [LoRA: frozen Dense + LowRank; SLTrain: LowRank +
+    sparse]"""
 
     def __init__(
         self,

@@ -69,7 +69,8 @@ class Sums:
         self.add("gradient", name, value, len(rows))
 
     def on_example(self, name: str, calls: list[tuple[Tensor, Tensor]], examples: int) -> None:
-        """Add per-example squared gradients, summed over either side. A layer that ran several times has one gradient."""
+        """Add per-example squared gradients, summed over either side. A layer that ran several times has one
+        gradient."""
         layer = self.layers[name]
         xs = [
             per_example(x if layer.lookup else layer.inputs(x), examples, name, layer.lookup)
@@ -103,7 +104,8 @@ class Sums:
             if not torch.isfinite(value).all():
                 kind = "activations" if what == "input" else "gradients"
                 raise ValueError(
-                    f"layer {name!r}: the {kind} hold NaN or infinity on the calibration data. Calibrate in float32 or "
+                    f"layer {name!r}: the {kind} hold NaN or infinity on the calibration data. Calibrate in "
+                    f"float32 or "
                     "bfloat16, and check the model's weights and the data"
                 )
 
@@ -142,13 +144,15 @@ def keep(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def per_example(rows: Tensor, examples: int, name: str, lookup: bool = False) -> Tensor:
-    """Rows as (examples, rows, features). Raises ValueError where the layer has mixed the examples of a batch."""
+    """Rows as (examples, rows, features). Raises ValueError where the layer has mixed the examples of a
+    batch."""
     features = () if lookup else rows.shape[-1:]
     if rows.shape[0] == examples:
         return rows.reshape(examples, -1, *features)
     if examples == 1:
         return rows.reshape(1, -1, *features)
     raise ValueError(
-        f"layer {name!r} sees {rows.shape[0]} rows for a batch of {examples} examples, so its gradients per example cannot be "
+        f"layer {name!r} sees {rows.shape[0]} rows for a batch of {examples} examples, so its gradients per "
+        f"example cannot be "
         "told apart; give batches of one example"
     )

@@ -1,12 +1,13 @@
 """Truncated SVD in any metric, without a Cholesky factor and without an inverse of what may be singular.
 
-min over rank r of tr(G E C Eᵀ), E = W - W′, is a plain SVD of G^½ W C^½. With T = W C Wᵀ, H = G^½ and (λ, P) the
-leading eigenpairs of S = H T H (out x out):
+min over rank r of tr(G E C Eᵀ), E = W - W′, is a plain SVD of G^½ W C^½. With T = W C Wᵀ, H = G^½ and (λ, P)
+the leading eigenpairs of S = H T H (out x out):
 
     W′ = (T H P Λ⁻¹) (Pᵀ H W),     error(r) = Σ_{i>r} λᵢ
 
-Only the retained eigenvalues are ever inverted, C may be singular, and with G = I it is the projection P Pᵀ W. The same
-formula on Wᵀ works on the input side; the smaller side is taken, in float64. [FWSVD, ASVD, SVD-LLM, K-FAC-SVD]
+Only the retained eigenvalues are ever inverted, C may be singular, and with G = I it is the projection P Pᵀ
+W. The same formula on Wᵀ works on the input side; the smaller side is taken, in float64. [FWSVD, ASVD,
+SVD-LLM, K-FAC-SVD]
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ RIDGE = 1e-12  # of the mean diagonal: orders the directions that a singular mom
 class SVD(Method, kind="svd"):
     """The best low-rank approximation in the metric. Size: the rank, an int.
 
-    multiple  ranks on the menu are multiples of this. None picks 32, or less for small matrices, so that a menu has at
-              least 16 sizes below break-even; 32 suits quantization groups, 64 and 128 tensor cores.
+    multiple  ranks on the menu are multiples of this. None picks 32, or less for small matrices, so that a
+              menu has at least 16 sizes below break-even; 32 suits quantization groups, 64 and 128 tensor
+              cores.
     """
 
     multiple: int | None = None
@@ -44,7 +46,8 @@ class SVD(Method, kind="svd"):
             )
 
     def menu(self, shape: tuple[int, int]) -> list[int]:
-        """At most 64 ranks below break-even, out·in / (out + in): from there on a factor pair saves nothing."""
+        """At most 64 ranks below break-even, out·in / (out + in): from there on a factor pair saves
+        nothing."""
         out, inner = shape
         largest = (out * inner - 1) // (out + inner)  # the last rank that is strictly smaller than dense
         step = self.multiple or next((m for m in (32, 16, 8, 4, 2) if largest // m >= 16), 1)
@@ -68,7 +71,8 @@ class SVD(Method, kind="svd"):
         check_finite(weight)
         left, right = truncate(weight.double(), metric, size)
         scale = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
-        # Equal norms on both sides of every rank-one term: what later quantizes or trains the factors prefers it.
+        # Equal norms on both sides of every rank-one term: what later quantizes or trains the factors prefers
+        # it.
         balanced = torch.where(torch.isfinite(scale) & (scale > 1e-150), scale, 1.0)
         return LowRank.of((left * balanced).to(weight.dtype), (right / balanced[:, None]).to(weight.dtype))
 
@@ -86,7 +90,8 @@ class SVD(Method, kind="svd"):
 
 
 def truncate(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (out, rank), (rank, in) in float64 of the best rank-`rank` approximation of a float64 weight."""
+    """Factors (out, rank), (rank, in) in float64 of the best rank-`rank` approximation of a float64
+    weight."""
     flipped = weight.shape[0] > weight.shape[1]
     weight, left, right = smaller_side(weight, metric)
     square, half = gram(weight, left, right)
@@ -103,8 +108,9 @@ def truncate(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]
 
 
 def smaller_side(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The problem in the orientation whose out side is the smaller: (W, G, C), or (Wᵀ, C, G). A moment that is zero
-    everywhere says nothing and counts as the identity; a singular one gets a ridge at the level of rounding."""
+    """The problem in the orientation whose out side is the smaller: (W, G, C), or (Wᵀ, C, G). A moment that
+    is zero everywhere says nothing and counts as the identity; a singular one gets a ridge at the level of
+    rounding."""
     left, right = (
         None if side is None or not side.any() else side.double() for side in (metric.left, metric.right)
     )

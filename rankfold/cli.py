@@ -1,0 +1,296 @@
+"""The command line: compress, eval, report, recipes.
+
+Every long step shows a progress bar with the time left, on stderr. With --json, stdout carries one JSON
+document and nothing else. Errors of the user's are one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Factorized weights: compress a model, reload it anywhere, see what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="hub id, folder, .gguf file, or the packaged 'smollm2'")]
+Json = Annotated[bool, typer.Option("--json", help="print machine-readable JSON on stdout, and nothing else")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="text to evaluate on: NAME[:split][:NxL], e.g. wikipedia:test:12x512, notes.txt, a hub data set"
+    ),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda where there is one")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[str, typer.Argument(help="folder to write; refused if it exists and is not empty")],
+    recipe: Annotated[
+        str, typer.Option(help="a name from `rankfold recipes`, a recipe's JSON file, or a compressed folder")
+    ] = "best",
+    budget: Annotated[
+        float, typer.Option(help="fraction of the selected layers' cost that is KEPT, in (0, 1]")
+    ] = 0.8,
+    unit: Annotated[str, typer.Option(help="what the budget counts: nbytes, params or macs")] = "nbytes",
+    calib: Annotated[
+        str | None, typer.Option(help="calibration text, NAME[:split][:NxL]; default wikipedia:train:64x512")
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="glob of layer names, repeatable; default: all but embeddings, heads"),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="glob of layer names to leave alone, repeatable")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="file to keep the calibration in, and to reuse it from")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="sequences in a calibration batch; lower it when memory runs out")
+    ] = 4,
+    seed: Annotated[
+        int, typer.Option(help="draws the calibration windows, and labels where a recipe samples them")
+    ] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    data: Data = None,
+    evaluate: Annotated[
+        bool, typer.Option(help="measure quality and speed before and after, on --data")
+    ] = True,
+    verify: Annotated[bool, typer.Option(help="reload what was written and compare it bit for bit")] = True,
+    overwrite: Annotated[
+        bool, typer.Option(help="replace OUT if it is not empty (only when everything has succeeded)")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Factorize MODEL to a budget and write OUT, an ordinary Hugging Face folder with a report page."""
+    with _session(json_):
+        from rankfold import journey
+
+        report, folder = journey.compress(
+            model,
+            out,
+            recipe=recipe,
+            budget=budget,
+            unit=unit,
+            calib=calib,
+            targets=targets or None,
+            skip=skip or (),
+            metrics_file=metrics,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            data=data,
+            evaluate=evaluate,
+            check=verify,
+            overwrite=overwrite,
+            progress=_bars,
+        )
+        if json_:
+            _print_json({"out": str(folder), **report.to_json()})
+            return
+        report.print(console, layers=False)
+        console.print(
+            f"\nWrote [bold]{folder}[/bold]: open {folder}/report.html, or `rankfold report {folder}`."
+        )
+        console.print(
+            f'Load it: AutoModel…from_pretrained("{folder}"), with rankfold installed and no import of it.'
+        )
+
+
+@app.command("eval")
+def eval_(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(help="a second model to compare with: the dense original")
+    ] = None,
+    data: Data = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    latency: Annotated[
+        bool, typer.Option(help="with --against: prefill and decode time of both, interleaved")
+    ] = True,
+    json_: Json = False,
+) -> None:
+    """Perplexity (or accuracy) of MODEL, its size, and with --against the divergence and speed ratio."""
+    with _session(json_):
+        from rankfold import journey
+
+        result = journey.evaluate(
+            model,
+            against,
+            data=data,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            latency=latency,
+            progress=_bars,
+        )
+        if json_:
+            _print_json(result)
+        else:
+            journey.print_evaluation(result, Console())
+
+
+@app.command()
+def report(
+    out: Annotated[str, typer.Argument(help="a folder that `compress` wrote, or its rankfold_report.json")],
+    other: Annotated[str | None, typer.Argument(help="a second one: prints the difference")] = None,
+    html: Annotated[str | None, typer.Option(help="write the report page to this file")] = None,
+    json_: Json = False,
+) -> None:
+    """Print the report of OUT, layer by layer; with two, what differs."""
+    with _session(json_):
+        from rankfold.report import Report
+
+        first = Report.load(out)
+        if html:
+            _write(html, first.to_html())
+            console.print(f"Wrote {html}")
+        if other is not None:
+            second = Report.load(other)
+            if json_:
+                _print_json(first.differences(second))
+            else:
+                Console().print(first.diff(second))
+        elif json_:
+            _print_json(first.to_json())
+        elif not html:
+            first.print(Console())
+
+
+@app.command()
+def recipes(json_: Json = False) -> None:
+    """List the recipes: ours, and those of installed packages."""
+    with _session(json_):
+        from rich.table import Table
+
+        from rankfold import recipes as known
+
+        items = known.available()
+        if json_:
+            _print_json({name: {**item.to_json(), "summary": item.summary} for name, item in items.items()})
+            return
+        table = Table(box=None, pad_edge=False)
+        for heading in ("recipe", "method", "metric", "allocator", "data", "paper", ""):
+            table.add_column(heading)
+        for name, item in sorted(items.items()):
+            body = item.to_json()
+            need = "yes" if item.metric.needs_data else "no"
+            table.add_row(
+                name,
+                body["method"]["kind"],
+                body["metric"]["kind"],
+                body["allocate"],
+                need,
+                item.paper,
+                item.summary,
+            )
+        Console().print(table)
+
+
+def main() -> None:
+    app()
+
+
+@contextmanager
+def _session(quiet: bool) -> Iterator[None]:
+    """Libraries quiet, progress on stderr, and one line for an error of the user's."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    console.quiet = quiet and not sys.stderr.isatty()
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        yield
+    except (ValueError, FileExistsError, OSError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__, quiet, 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", quiet, 130)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower() and "alloc" not in str(error).lower():
+            raise
+        _fail(
+            f"out of memory: {error}. Lower --batch-size, shorten --calib (NxL), or use --dtype bfloat16",
+            quiet,
+            2,
+        )
+
+
+def _fail(message: str, quiet: bool, status: int) -> None:
+    if quiet:
+        _print_json({"error": message})
+    sys.stderr.write(f"rankfold: {message}\n")
+    raise typer.Exit(status)
+
+
+def _print_json(body: Any) -> None:
+    from rankfold.report import encode
+
+    sys.stdout.write(json.dumps(encode(body, "result"), indent=2, allow_nan=False) + "\n")
+
+
+def _write(path: str, text: str) -> None:
+    beside = f"{path}.partial"
+    with open(beside, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(beside, path)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """A progress callback (stage, done, total) that draws one bar a stage, with elapsed time and time
+    left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""A recipe: a method, a metric and an allocator, with a paper's name on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rankfold import allocate
+from rankfold.method import Curve, Method, from_json
+from rankfold.metrics import Calibration
+
+Allocator = Callable[[Mapping[str, Curve], int], allocate.Allocation]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `factorize_` applies. A Python expression; its JSON is what we write, and what repeats a run."""
+
+    name: str
+    method: Method
+    metric: Calibration
+    allocate: Allocator
+    paper: str = ""
+    summary: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "method": self.method.to_json(),
+            "metric": {"kind": self.metric.kind, **vars(self.metric)},
+            "allocate": getattr(self.allocate, "__name__", str(self.allocate)),
+            "paper": self.paper,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """The recipe that `to_json` wrote. Raises ValueError for unknown kinds, options or allocators."""
+        if not isinstance(data, Mapping) or not {"name", "method", "metric", "allocate"} <= set(data):
+            raise ValueError(f"a recipe in JSON has 'name', 'method', 'metric' and 'allocate'; got {data!r}")
+        allocators = {
+            f.__name__: f for f in (allocate.uniform, allocate.energy, allocate.lagrangian, allocate.knapsack)
+        }
+        if data["allocate"] not in allocators:
+            raise ValueError(f"Unknown allocator {data['allocate']!r}; known: {sorted(allocators)}")
+        method = from_json(Method.kinds, "method", data["method"])
+        metric = from_json(Calibration.kinds, "metric", data["metric"])
+        return cls(
+            str(data["name"]), method, metric, allocators[data["allocate"]], str(data.get("paper", ""))
+        )
