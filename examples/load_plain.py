@@ -1,6 +1,6 @@
 """Load a compressed folder in plain transformers, in a process that never imports rankfold, and let it speak.
 
-    python examples/load_plain.py demo-out
+python examples/load_plain.py demo-out
 """
 
 import sys

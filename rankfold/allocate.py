@@ -74,7 +74,7 @@ def energy(curves: Mapping[str, Curve], budget: int) -> Allocation:
         if not (math.isfinite(total) and total >= 0) or (total == 0 and max(curve.errors) > 0):
             raise ValueError(
                 f"{name}: energy={total} but errors reach {max(curve.errors)}; allocating by energy needs "
-                "the squared norm of the weight in the metric. Set Curve.energy, or use the lagrangian allocator"
+                "the weight's squared norm in the metric. Set Curve.energy, or use the lagrangian allocator"
             )
 
     def kept(layer: int, position: int) -> float:

@@ -30,12 +30,11 @@ def as_batches(model: nn.Module, batches: Iterable[Batch] | None) -> tuple[Itera
     return iter(batches), total
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's output on a batch, on the model's device, without its labels unless it cannot do
-    without."""
+def call(model: nn.Module, batch: Batch, *, labels: bool = False) -> Any:
+    """The model's output on a batch, on the model's device, without its labels unless asked for or needed."""
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        needs_labels = labels or bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if not needs_labels:
             arguments.pop("labels", None)
@@ -60,15 +59,16 @@ def differentiate(
         )
     targets = _targets(model, logits, batch) if labels == "data" else _positions(model, logits, batch)
     if targets is None:
-        loss = getattr(output, "loss", None)
-        if loss is None and isinstance(batch, Mapping) and "labels" in batch and count_examples(batch) == 1:
-            loss = getattr(model(**batch), "loss", None)
+        loss = None
+        if count_examples(batch) == 1:  # of several, a mean: its gradient is no example's
+            loss = getattr(output, "loss", None)
+            if loss is None and isinstance(batch, Mapping) and "labels" in batch:
+                loss = getattr(call(model, batch, labels=True), "loss", None)
         if loss is None:
             raise ValueError(
                 "recipe needs labels: give batches a 'labels' entry of class indices shaped like the logits "
-                "without their "
-                "last dimension, or (for a loss of the model's own) batches of one example whose output has "
-                "`.loss`"
+                "without their last dimension, or (for a loss of the model's own) batches of one example "
+                "whose output has `.loss`"
             )
         loss.backward()
         return
@@ -91,12 +91,14 @@ def _targets(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor | None:
         batch.get("labels") if isinstance(batch, Mapping) else batch[1] if isinstance(batch, tuple) else None
     )
     if is_causal(model) and isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
         if labels is None:
             labels = batch["input_ids"]
-            mask = batch.get("attention_mask")
             labels = labels if mask is None else labels.masked_fill(mask == 0, -100)
         # The one and only shift: the logits at t predict the token at t + 1.
         labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1)
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, -100)  # padding on the left predicts nothing either
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         return None
     return labels.to(logits.device).long()

@@ -2,27 +2,28 @@
 
 A transformers model becomes an ordinary folder of its own `save_pretrained`: safetensors, and config.json
 with the manifest (see `rankfold.manifest`) as `quantization_config`. Any other `nn.Module` becomes
-`rankfold.json` (the manifest) beside one `model.safetensors`. A folder is written beside its place, flushed
-to disk, and renamed: an interrupt or a full disk leaves the old folder as it was. Nothing is pickled.
+`rankfold.json` (the manifest) beside one `model.safetensors`. A folder is written whole or not at all
+(`rankfold.checkpoint_folder`): an interrupt or a full disk leaves the old one as it was. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rankfold import autoload, card
+from rankfold.card import card
+from rankfold.checkpoint_folder import check_folder, sync, writing
 from rankfold.hosts import hosts
 from rankfold.layers import replace_
 from rankfold.manifest import check_manifest, manifest, rebuild_, stamp_, unstamp_
@@ -49,6 +50,11 @@ def save(
     old folder still in place.
     """
     folder = check_folder(folder, overwrite)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{type(model).__name__} has adapters on it: fold them in with merge_and_unload() and save the "
+            "result, or save the adapters alone with their own save_pretrained"
+        )
     need = sum(t.numel() * t.element_size() for t in _unshared(model.state_dict()).values())
     free = shutil.disk_usage(_existing(folder)).free
     if free < need:
@@ -79,11 +85,31 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
     """Write a report in its three forms: rankfold_report.json, report.html, and README.md, the model card."""
     folder = Path(folder)
     report.save(folder)
-    for name, text in ((PAGE, report.to_html()), (CARD, card.render(report))):
+    for name, text in ((PAGE, report.to_html()), (CARD, card(report, loader=_loader(folder)))):
         beside = folder / f".{name}.partial"
         beside.write_text(text, encoding="utf-8")
-        _sync(beside)
+        sync(beside)
         beside.replace(folder / name)
+
+
+def _loader(folder: Path) -> str:
+    """The Auto class that opens a folder; "" for a module that is not transformers'."""
+    if not (folder / "config.json").is_file():
+        return ""
+    architecture = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    )[0]
+    kinds = (
+        "SequenceClassification",
+        "TokenClassification",
+        "QuestionAnswering",
+        "ImageClassification",
+        "MaskedLM",
+    )
+    kind = next((kind for kind in kinds if architecture.endswith(f"For{kind}")), None)
+    if kind is None and ("CausalLM" in architecture or architecture.endswith("LMHeadModel")):
+        kind = "CausalLM"
+    return f"AutoModelFor{kind}" if kind else "AutoModel"
 
 
 def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -104,14 +130,18 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{folder} has no {MANIFEST}; {hint}")
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} is not JSON: {error}") from error
     structures = check_manifest(data, MANIFEST)
-    state = load_file(folder / WEIGHTS)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("the model is on the meta device: build it on a real one, and load into that")
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     expected = _skeleton(model, structures).state_dict(keep_vars=True)
-    stored = {
-        id(expected[key]) for key in state if key in expected
-    }  # a shared tensor is stored under one of its names
+    # A shared tensor is stored under one of its names.
+    stored = {id(expected[key]) for key in state if key in expected}
     missing = sorted(key for key, tensor in expected.items() if id(tensor) not in stored)
     extra = sorted(set(state) - set(expected))
     if missing or extra:
@@ -125,8 +155,11 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{folder / WEIGHTS}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the model expects {expected[key].dtype} {tuple(expected[key].shape)}"
             )
+    places = {name: model.get_submodule(name).weight.device for name in structures}
     rebuild_(model, structures)
-    model.load_state_dict(state, strict=False, assign=any(t.is_meta for t in model.state_dict().values()))
+    for name, place in places.items():
+        model.get_submodule(name).weight.to_empty(device=place)  # type: ignore[union-attr, operator]
+    model.load_state_dict(state, strict=False)  # a shared tensor is filled under one of its names
     return model
 
 
@@ -147,25 +180,25 @@ def to_dense_(model: nn.Module) -> nn.Module:
 def verify(
     model: nn.Module, folder: str | os.PathLike[str], inputs: Mapping[str, Any] | Tensor | None = None
 ) -> None:
-    """Reload what `save` wrote and compare: every tensor bit for bit and, given `inputs`, every output.
+    """Compare what `save` wrote with the model, every tensor bit for bit.
 
-    Raises ValueError naming the first tensor that differs. A transformers model is reloaded through
-    `from_pretrained`.
+    A transformers model is reloaded through `from_pretrained` and, given `inputs`, its outputs are compared
+    too. Raises ValueError naming the first tensor that differs.
     """
     folder = Path(folder)
     stored = _stored(folder)
     for key, tensor in _unshared(model.state_dict()).items():
         if key in stored:
             with safe_open(stored[key], framework="pt") as handle:
-                same = torch.equal(handle.get_tensor(key), tensor.detach().cpu())
+                same = _same(handle.get_tensor(key), tensor.detach().cpu())
             if not same:
                 raise ValueError(f"{folder}: tensor {key!r} on disk differs from the model's")
     if not hasattr(model, "save_pretrained"):
-        missing = sorted(set(_unshared(model.state_dict())) - set(stored))
-        if missing:
-            raise ValueError(f"{folder}: tensors {missing[:4]} were not written")
+        other = sorted(set(_unshared(model.state_dict())) ^ set(stored))
+        if other:
+            raise ValueError(f"{folder}: tensors {other[:4]} are not in both the folder and the model")
         return
-    autoload.install()
+    importlib.import_module("rankfold.hf")  # also where autoload is off
     again = type(model).from_pretrained(folder, dtype="auto", device_map={"": _device(model)})  # type: ignore[attr-defined]
     mine, theirs = model.state_dict(), again.state_dict()
     if set(mine) != set(theirs):
@@ -173,7 +206,7 @@ def verify(
             f"{folder}: the reloaded model has other tensors: {sorted(set(mine) ^ set(theirs))[:4]}"
         )
     for key, tensor in mine.items():
-        if not torch.equal(tensor, theirs[key]):
+        if not _same(tensor, theirs[key]):
             raise ValueError(f"{folder}: tensor {key!r} differs after reloading")
     if inputs is not None:
         was = model.training
@@ -189,62 +222,6 @@ def verify(
             raise ValueError(
                 f"{folder}: outputs differ after reloading, by up to {float((one - two).abs().max()):.3g}"
             )
-
-
-def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`folder` as a path that may be written. Raises ValueError if it is a file, or not empty without
-    `overwrite`."""
-    folder = Path(folder)
-    _recover(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give the path of a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(
-            f"{folder} exists and is not empty; pass overwrite=True (--overwrite) or choose another folder"
-        )
-    return folder
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into; it takes its place when everything is on disk, and vanishes
-    otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        for path in (*sorted(p for p in beside.rglob("*") if p.is_file()), beside):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(_old(folder), ignore_errors=True)
-            folder.rename(_old(folder))
-        beside.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(_old(folder), ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        _recover(folder)
-        raise
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _recover(folder: Path) -> None:
-    """Put the old folder back if a crash came between the two renames."""
-    if not folder.exists() and _old(folder).is_dir():
-        _old(folder).rename(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _existing(folder: Path) -> Path:
@@ -289,6 +266,10 @@ def _stored(folder: Path) -> dict[str, Path]:
         with safe_open(file, framework="pt") as handle:
             stored |= dict.fromkeys(handle.keys(), file)
     return stored
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one, two)
 
 
 def _device(model: nn.Module) -> Any:

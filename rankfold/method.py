@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rankfold.metric import DecompositionError as DecompositionError
 from rankfold.metric import Metric
 from rankfold.structure import Structure, import_extensions
 
@@ -93,10 +94,6 @@ class Method(ABC):
         return to_json(self)
 
 
-class DecompositionError(RuntimeError):
-    """Every solver failed on a matrix. Nothing has been replaced."""
-
-
 def cost_of(structure: Structure, unit: str) -> int:
     """A structure's cost in a unit of UNITS: stored bytes, stored parameters, or multiply-adds a row."""
     if unit not in UNITS:
@@ -107,7 +104,8 @@ def cost_of(structure: Structure, unit: str) -> int:
 def to_json(item: Any) -> dict[str, Any]:
     """{"kind", **fields} of a frozen dataclass that registered itself under a kind."""
     assert dataclasses.is_dataclass(item)
-    return {"kind": item.kind, **{f.name: getattr(item, f.name) for f in dataclasses.fields(item)}}  # type: ignore[attr-defined]
+    return {"kind": item.kind, **{f.name: getattr(item, f.name) for f in dataclasses.fields(item)}}  #
+    type: ignore[attr - defined]
 
 
 def from_json(kinds: Mapping[str, type], what: str, data: Any) -> Any:

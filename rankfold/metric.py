@@ -8,6 +8,7 @@ tensor.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Metric:
 
     def error(self, residual: Tensor) -> float:
         """‖E‖² of E (out, in), computed in float64; never negative."""
-        residual = residual.double()
+        residual = residual.detach().double()
         return max(float((times(self.left, residual) * times(self.right, residual.mT).mT).sum()), 0.0)
 
     def whiten(self, weight: Tensor) -> Tensor:
@@ -85,9 +86,35 @@ def root(side: Tensor | None, power: float = 0.5) -> Tensor | None:
         return None
     side = side.double()
     if side.dim() == 2:
-        values, vectors = torch.linalg.eigh(side)
+        values, vectors = symmetric_eigen(side)
         return (vectors * _power(values, power)) @ vectors.mT
     return _power(side, power)
+
+
+class DecompositionError(RuntimeError):
+    """Every solver failed on a matrix. Nothing has been replaced."""
+
+
+def symmetric_eigen(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric positive semi-definite matrix.
+
+    Where the eigensolver fails, by a singular value decomposition (with a warning); where both do,
+    DecompositionError.
+    """
+    try:
+        return torch.linalg.eigh(square)
+    except torch.linalg.LinAlgError as first:
+        warnings.warn(
+            f"symmetric eigensolver failed ({first}); falling back to a singular value decomposition",
+            stacklevel=2,
+        )
+        try:
+            vectors, values, _ = torch.linalg.svd(square)
+        except torch.linalg.LinAlgError as second:
+            raise DecompositionError(
+                f"eigh failed ({first}) and so did svd ({second}); no layer was replaced"
+            ) from second
+        return values.flip(0), vectors.flip(1)
 
 
 def _power(values: Tensor, power: float) -> Tensor:

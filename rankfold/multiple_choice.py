@@ -43,7 +43,7 @@ def rise(menus: Sequence[Menu], budget: int, key: Callable[[int, int], Any]) -> 
 
 
 def relax(menus: Sequence[Menu], budget: int) -> tuple[list[int], float]:
-    """Positions that minimise sum(error) + slope * sum(cost) within the budget, and the slope (0: no limit)."""
+    """Positions that minimise sum(error) + slope * sum(cost) within the budget; the slope (0: all fits)."""
     steps: list[tuple[float, int, int, int]] = []  # (-slope, layer, from, to)
     for i, menu in enumerate(menus):
         hull: list[tuple[float, int, int, int]] = []
@@ -92,8 +92,8 @@ def exact(menus: Sequence[Menu], budget: int, excess: float, states: int) -> lis
     """The choice of least total error within the budget; None if more than `states` Pareto states are needed.
 
     Menus are added one at a time; a state (cost, error) survives if no other is both cheaper and better, if
-    the rest can still fit, and if it lies at most `excess` above the bound of `relax`. `excess` must be at least
-    the optimum's own distance from that bound. Errors must fall along each menu.
+    the rest can still fit, and if it lies at most `excess` above the bound of `relax`. The optimum's distance
+    from that bound must not exceed `excess`, and errors must fall along each menu.
     """
     start, slope = relax(menus, budget)
     room = _room(menus, start, budget)
@@ -104,7 +104,8 @@ def exact(menus: Sequence[Menu], budget: int, excess: float, states: int) -> lis
         moves.append([step for step in steps if step[2] + slope * step[1] <= excess])
     cheapest = sum(steps[0][1] for steps in moves)  # of the menus still to come
 
-    costs, errors = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)  # (states,)
+    costs = torch.zeros(1, dtype=torch.int64, device="cpu")  # (states,); whatever the default device is
+    errors = torch.zeros(1, dtype=torch.float64, device="cpu")  # (states,)
     trail: list[tuple[Tensor, Tensor]] = []  # per menu: (parent state, position)
     for steps in moves:
         cheapest -= steps[0][1]

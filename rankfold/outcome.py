@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold import allocate
 from rankfold.layers import Layer, left_dense
-from rankfold.method import Curve, Method
+from rankfold.method import Curve, DecompositionError, Method
 from rankfold.metric import Metric
 from rankfold.recipe import Recipe
 from rankfold.report import LayerRow, Report, SkippedRow
@@ -50,7 +50,10 @@ def fit(
         return None, row
     assert metric is not None
     metric = metric.to(weight.device)
-    structure = method.fit(weight, metric, size)
+    try:
+        structure = method.fit(weight, metric, size)
+    except (ValueError, DecompositionError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from error
     assert structure.shape == layer.shape and structure.dtype == weight.dtype
     for parameter in structure.parameters():
         parameter.requires_grad_(layer.tensor.requires_grad)

@@ -211,7 +211,7 @@ def by_type(report: Report) -> list[tuple[str, list[LayerRow]]]:
 
 
 def left_dense(report: Report) -> list[tuple[str, list[Any]]]:
-    """What stayed dense, by why: selected layers that the allocator left alone, then what was not selected."""
+    """What stayed dense, by why: selected layers the allocator left alone, then what was not selected."""
     groups: dict[str, list[Any]] = {}
     for row in report.layers:
         if row.dense:

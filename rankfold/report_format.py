@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 DASH = "–"
 
 
-def known(value: Any) -> bool:
+def known(value: Any) -> TypeGuard[int | float]:
     """Whether this is a number (which may still be NaN or infinite)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -2,8 +2,8 @@
 
 The order is that of the questions: what was done, what it cost and saved, where the bytes went, which layers
 pay, what the model says now, what was left alone, how to repeat it. Names and texts in a report come from
-elsewhere, so every string is escaped, and a content security policy forbids the page to load anything or to run
-any script but its own.
+elsewhere, so every string is escaped, and a content security policy forbids the page to load anything or to
+run any script but its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankfold.report_plots import bytes_by_type, escape, heat_map, name, timings
 from rankfold.report_spectrum import representatives, spectrum
 from rankfold.report_style import CSS, SCRIPT
 
-_LEFT = dict.fromkeys(("structure", "note"), ' class="left"')  # headings of columns of words
+_LEFT: dict[str, str] = dict.fromkeys(("structure", "note"), ' class="left"')  # headings of columns of words
 _OPEN_ROWS = 40  # a longer table of layers starts folded
 
 
@@ -154,7 +154,8 @@ def _spectra(report: Report) -> str:
         return ""
     legend = (
         '<p class="note">Singular values of the whitened weight, relative to the largest. '
-        "Shown is one layer of each type: the one with the largest share of the loss. Filled: kept. Dotted: the break-even rank, from which "
+        "Shown is one layer of each type: the one with the largest share of the loss. Filled: kept. "
+        "Dotted: the break-even rank, from which "
         "factors are no smaller than the matrix.</p>"
     )
     return _section(

@@ -1,7 +1,7 @@
 """The bars and the heat map of a report page, in plain HTML.
 
 Drawn by hand rather than by a plotting library: text stays text at its own size on a phone, colours follow
-the page's theme, and a page of 500 layers stays small. Every function returns markup with all strings escaped.
+the page's theme, and a page of 500 layers stays small. Every function returns markup, all strings escaped.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _inside(width: Sequence[float]) -> float:
 
 def bytes_by_type(report: Report) -> str:
     """Bars of the bytes of each group of layers, before and after, and of what was not selected."""
-    rows = [
+    rows: list[tuple[str, float, float]] = [
         (
             f"{label} ({len(layers)})" if len(layers) > 1 else label,
             sum(r.bytes_before for r in layers),
@@ -90,8 +90,8 @@ def bytes_by_type(report: Report) -> str:
 
 
 def heat_map(report: Report) -> str:
-    """Kept fraction by block and type; layers outside of blocks as bars. A CSS grid: its columns are the types
-    on a phone and on paper, the blocks on a desktop."""
+    """Kept fraction by block and type; layers outside of blocks as bars. A CSS grid: its columns are the
+    types on a phone and on paper, the blocks on a desktop."""
     inside = [row for row in report.layers if row.block is not None]
     blocks = sorted({row.block for row in inside if row.block is not None})
     if len(blocks) < 2:

@@ -1,8 +1,8 @@
 """The spectrum of a layer with the place where it was cut, as one small SVG.
 
 Singular values of the whitened matrix, relative to the largest, on a logarithmic scale against their index.
-What is kept is filled; a dotted line marks the break-even rank, from which a low-rank pair is no smaller than the
-matrix.
+What is kept is filled; a dotted line marks the break-even rank, from which a low-rank pair is no smaller than
+the matrix.
 """
 
 from __future__ import annotations

@@ -8,8 +8,16 @@ and on what, and leaves the global random state as it was. Our own tests run the
 structure, method and metric that ships.
 """
 
+from rankfold.testing_allocator import check_allocator
 from rankfold.testing_method import check_method, sample_metrics
 from rankfold.testing_metric import check_metric
 from rankfold.testing_structure import check_host, check_structure
 
-__all__ = ["check_host", "check_method", "check_metric", "check_structure", "sample_metrics"]
+__all__ = [
+    "check_allocator",
+    "check_host",
+    "check_method",
+    "check_metric",
+    "check_structure",
+    "sample_metrics",
+]

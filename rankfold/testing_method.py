@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def check_method(
     exact: bool = True,
     seed: int = 0,
 ) -> None:
-    """A method's curve tells the truth: costs before fitting, errors of what `fit` returns, never worse for more.
+    """A curve tells the truth: costs before fitting, errors of what `fit` returns, never worse for more.
 
     metrics  the metrics it serves, by name; `sample_metrics(shape)` when None. A method for the plain norm
              gives {"": Metric()}
@@ -106,7 +107,7 @@ def _check_curve(method: Method, weight: Tensor, metric: Metric, sizes: Sequence
         f"{where}: energy {curve.energy}, but ‖W‖² is {energy}",
     )
     errors = method.errors(weight, metric, sizes)
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         require(
             after <= before + TOLERANCE * energy,
             f"{where}: the errors rise with size: {errors} at {list(sizes)}",

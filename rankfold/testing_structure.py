@@ -160,7 +160,7 @@ def _check_hostile_specs(structure: Structure, name: str) -> None:
 def check_host(
     module: nn.Module, x: Tensor, *, spatial: bool = False, structure: Structure | None = None
 ) -> None:
-    """A host does what the dense layer with the reconstructed weight does: same output, bias, gradient and mode.
+    """A host does what the dense layer with the reconstructed weight does: output, bias, gradient and mode.
 
     `module` is a dense layer, `x` an input of it; `structure` one more structure to try, of the layer's
     matrix shape.

@@ -28,12 +28,15 @@ TIERS = (
     ("structures",),
     ("hosts", "layers", "manifest", "batches", "sums", "observe", "metric", "metrics", "method"),
     ("methods",),
-    ("allocate*", "report*"),
-    ("factorize",),
+    ("multiple_choice", "allocate*", "report*"),
+    ("recipe",),
+    ("outcome", "factorize"),
     ("recipes",),
-    ("checkpoint*", "evaluate", "generate", "footprint", "latency", "data*", "card", "testing*"),
+    ("card", "calibration_file", "provenance", "evaluate", "generate", "footprint", "latency", "data*", "testing*"),
+    ("checkpoint*",),
     ("hf", "gguf"),
-    ("cli*",),
+    ("loading", "journey"),
+    ("cli",),
 )
 
 # Families of architectures, by which other compressors dispatch. Only gguf.py may: it reads a file format.

@@ -13,7 +13,6 @@ SVD-LLM, K-FAC-SVD]
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.method import DecompositionError, Method
-from rankfold.metric import Metric, root, times
+from rankfold.method import Method
+from rankfold.metric import Metric, root, symmetric_eigen, times
 from rankfold.structures import LowRank
 
 RIDGE = 1e-12  # of the mean diagonal: orders the directions that a singular moment leaves undecided
@@ -85,6 +84,8 @@ class SVD(Method, kind="svd"):
         """Every size from one spectrum: the error of rank r is the tail of the eigenvalues after r."""
         check_finite(weight)
         values = eigenvalues(gram(*smaller_side(weight.double(), metric))[0])
+        if any(side is not None and not side.any() for side in (metric.left, metric.right)):
+            values = torch.zeros_like(values)  # `fit` falls back on the identity, the error does not
         tails = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
         return [float(tails[min(size, len(values))]) for size in sizes], tuple(values.tolist())
 
@@ -94,6 +95,8 @@ def truncate(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]
     weight."""
     flipped = weight.shape[0] > weight.shape[1]
     weight, left, right = smaller_side(weight, metric)
+    if left is not None and left.dim() == 0:
+        left = None  # a scalar changes the error, not the answer
     square, half = gram(weight, left, right)
     values, vectors = eigenpairs(square, rank)
     basis = times(half, vectors)  # H P
@@ -103,7 +106,7 @@ def truncate(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]
     else:
         kept = values > 1e-15 * values[:1]
         inverse = torch.where(kept, 1 / values.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
-        outer = (weight @ times(right, weight.mT @ basis)) * inverse  # T H P Λ⁻¹  (out, rank)
+        outer = (weight @ times(ridged(right), weight.mT @ basis)) * inverse  # T H P Λ⁻¹  (out, rank)
     return (inner.mT, outer.mT) if flipped else (outer, inner)
 
 
@@ -136,7 +139,7 @@ def ridged(side: Tensor | None) -> Tensor | None:
 
 def eigenpairs(square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The leading eigenpairs of a symmetric matrix, descending: values (rank,), vectors (n, rank)."""
-    values, vectors = _solve(square)
+    values, vectors = symmetric_eigen(square)
     return values[-rank:].flip(0), vectors[:, -rank:].flip(1)
 
 
@@ -145,25 +148,8 @@ def eigenvalues(square: Tensor) -> Tensor:
     try:
         values = torch.linalg.eigvalsh(square)
     except torch.linalg.LinAlgError:
-        values = _solve(square)[0]
+        values = symmetric_eigen(square)[0]
     return values.flip(0).clamp_min(0)
-
-
-def _solve(square: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        return torch.linalg.eigh(square)
-    except torch.linalg.LinAlgError as first:
-        warnings.warn(
-            f"symmetric eigensolver failed ({first}); falling back to a singular value decomposition",
-            stacklevel=2,
-        )
-        try:
-            vectors, values, _ = torch.linalg.svd(square)
-        except torch.linalg.LinAlgError as second:
-            raise DecompositionError(
-                f"eigh failed ({first}) and so did svd ({second}); no layer was replaced"
-            ) from second
-        return values.flip(0), vectors.flip(1)
 
 
 def check_finite(weight: Tensor) -> None:

@@ -1,0 +1,120 @@
+"""Labelled text for classifiers: padded batches with "labels", from the packaged `movie` or a `.jsonl` file.
+
+A line of the file is {"text": …, "label": 0, 1, …}. Split `test` of `movie` is its even-numbered snippets,
+`train` the odd.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankfold.data import Spec
+from rankfold.data_packaged import labelled
+
+SPLITS = {"test": slice(0, None, 2), "train": slice(1, None, 2), "all": slice(None)}
+
+
+def is_labelled(spec: Spec) -> bool:
+    """Does this text carry class labels?"""
+    if spec.name == "movie":
+        return True
+    path = Path(spec.name)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    try:
+        record = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "label" in record
+
+
+def labelled_batches(
+    spec: Spec,
+    tokenizer: Any,
+    *,
+    split: str,
+    batch_size: int,
+    seed: int | None = None,
+    count: int = 512,
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
+    """Padded batches {"input_ids", "attention_mask", "labels"} and the facts of the data.
+
+    `spec.sequences` (or `count`) examples: drawn by `seed`, or the first ones where seed is None; longer ones
+    are cut at `spec.length` (or 128) tokens. Raises ValueError for an empty file, a line without text or an
+    integer label (its number is named), and fewer examples than asked for.
+    """
+    texts, labels = labelled("movie") if spec.name == "movie" else _file(Path(spec.name))
+    if spec.name == "movie":
+        part = SPLITS[spec.split or split]
+        texts, labels = texts[part], labels[part]
+    wanted = spec.sequences or min(count, len(texts))
+    if wanted > len(texts):
+        raise ValueError(f"{spec} asks for {wanted} examples, the text has {len(texts)}")
+    order = list(range(len(texts)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    order = order[:wanted]
+    digest, batches, tokens = hashlib.sha256(), [], 0
+    for start in range(0, wanted, batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer(
+            [texts[i] for i in rows],
+            truncation=True,
+            max_length=spec.length or 128,
+            padding=True,
+            return_tensors="pt",
+            verbose=False,
+        )
+        batches.append(
+            {
+                "input_ids": batch["input_ids"],
+                "attention_mask": batch["attention_mask"],
+                "labels": torch.tensor([labels[i] for i in rows]),
+            }
+        )
+        tokens += int(batch["attention_mask"].sum())
+        for value in batches[-1].values():
+            digest.update(value.contiguous().numpy().astype("<i8").tobytes())
+    facts = {
+        "spec": str(spec),
+        "hash": digest.hexdigest(),
+        "sequences": wanted,
+        "tokens": tokens,
+        "length": spec.length or 128,
+        "bos": False,
+        "documents": wanted,
+    }
+    return batches, facts
+
+
+def _file(path: Path) -> tuple[list[str], list[int]]:
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8: byte {error.start}") from error
+    texts, labels = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"'{path}', line {number}: not JSON ({error})") from error
+        text, label = (record.get("text"), record.get("label")) if isinstance(record, dict) else (None, None)
+        if not isinstance(text, str) or not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise ValueError(
+                f'\'{path}\', line {number}: needs "text" (a string) and "label" (a class number)'
+            )
+        texts.append(text)
+        labels.append(label)
+    if not texts:
+        raise ValueError(f"'{path}' is empty: give a file with examples in it")
+    return texts, labels

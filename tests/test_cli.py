@@ -1,0 +1,197 @@
+"""The command line, through its own entry point: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from rankfold.cli import app
+from words import prose
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    """A folder with a tiny dense model and two texts."""
+    home = tmp_path_factory.mktemp("home")
+    tiny_llama().save_pretrained(home / "model")
+    tiny_tokenizer.save_pretrained(home / "model")
+    (home / "calib.txt").write_text(prose(4000, seed=1))
+    (home / "test.txt").write_text(prose(2000, seed=2))
+    return home
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def compress(home: Path, out: Path, *more: object) -> Result:
+    texts = ("--calib", f"{home}/calib.txt:16x32", "--data", f"{home}/test.txt:4x32")
+    return run("compress", home / "model", out, *texts, *more)
+
+
+@pytest.fixture(scope="module")
+def done(home: Path) -> tuple[Path, dict[str, Any]]:
+    out = home / "out"
+    result = compress(home, out, "--recipe", "svd_llm", "--budget", 0.7, "--json")
+    assert result.exit_code == 0, result.output
+    return out, json.loads(result.stdout)
+
+
+def test_json_alone_on_stdout_and_the_facts_in_it(done: tuple[Path, dict[str, Any]]) -> None:
+    out, body = done
+    assert body["out"] == str(out) and body["recipe"]["name"] == "svd_llm"
+    assert 0.68 <= body["totals"]["selected_after"] / body["totals"]["selected_before"] <= 0.7
+    assert body["totals"]["disk_after"] == body["totals"]["model_after"]
+    assert body["data"]["sequences"] == 16 and body["data"]["length"] == 32 and body["data"]["hash"]
+    assert len(body["weights_hash"]) == 32 and body["versions"]["torch"] == torch.__version__
+    assert body["evaluation"]["dense"]["perplexity"] > 1 and body["evaluation"]["compressed"]["kl"] >= 0
+    assert {"load", "calibrate", "decompose", "write", "verify"} <= set(body["timings"])
+
+
+def test_the_folder_holds_model_tokenizer_report_page_and_card(done: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = done
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "rankfold_report.json", "report.html", "README.md"} <= names
+    assert not any(name.startswith(".") or name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    assert "svd_llm" in (out / "README.md").read_text() and "<html" in (out / "report.html").read_text()
+
+
+def test_repeating_the_run_from_its_folder_gives_the_same_bytes(home: Path, done: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = done
+    again = home / "again"
+    assert compress(home, again, "--recipe", out, "--budget", 0.7, "--no-evaluate").exit_code == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_metrics_are_kept_reused_and_refused_when_stale(home: Path) -> None:
+    kept = home / "metrics.safetensors"
+    first = compress(home, home / "a", "--recipe", "best", "--metrics", kept, "--no-evaluate")
+    assert first.exit_code == 0 and kept.exists(), first.output
+    assert compress(home, home / "b", "--recipe", "best", "--metrics", kept, "--no-evaluate").exit_code == 0
+    assert (home / "a" / "model.safetensors").read_bytes() == (home / "b" / "model.safetensors").read_bytes()
+    stale = compress(home, home / "c", "--recipe", "best", "--metrics", kept, "--seed", 1, "--no-evaluate")
+    assert stale.exit_code == 2 and "calibrated with another" in stale.stderr
+    other = compress(home, home / "c", "--recipe", "kfac", "--metrics", kept, "--no-evaluate")
+    assert other.exit_code == 2 and "another metric" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "svdllm"], "Did you mean 'svd_llm'"),
+        (["--recipe", "nowhere.json"], "no recipe at"),
+        (["--targets", "*.qproj"], "Did you mean '*.q_proj'"),
+        (["--budget", "0"], "above 0 and at most 1"),
+        (["--budget", "1.5"], "above 0 and at most 1"),
+        (["--budget", "nan"], "above 0 and at most 1"),
+        (["--budget", "0.0001"], "below the smallest possible"),
+        (["--unit", "bits"], "choose one of"),
+        (["--dtype", "int3"], "not one of"),
+        (["--calib", "no/such/file.txt"], "no/such/file.txt"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(home: Path, arguments: list[str], message: str) -> None:
+    result = compress(home, home / "never", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (home / "never").exists()
+
+
+def test_errors_are_json_too_when_json_is_asked_for(home: Path) -> None:
+    result = compress(home, home / "never", "--recipe", "nope", "--json")
+    assert result.exit_code == 2 and "Unknown recipe" in json.loads(result.stdout)["error"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty"), (b"the \xff\xfe of", "UTF-8"), (b"the of and", "tokens")],
+)
+def test_bad_calibration_text(home: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    text = tmp_path / "bad.txt"
+    text.write_bytes(content)
+    result = run("compress", home / "model", tmp_path / "out", "--recipe", "svd_llm", "--calib", f"{text}:4x32")
+    assert result.exit_code == 2 and message in result.stderr, result.stderr
+
+
+def test_a_full_folder_is_refused_and_then_replaced(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    refused = compress(home, out, "--recipe", "svd", "--no-evaluate")
+    assert refused.exit_code == 2 and "--overwrite" in refused.stderr
+    assert (out / "mine.txt").read_text() == "precious"
+    assert compress(home, out, "--recipe", "svd", "--no-evaluate", "--overwrite").exit_code == 0
+    assert not (out / "mine.txt").exists() and (out / "config.json").exists()
+
+
+def test_a_missing_model_says_what_was_tried(tmp_path: Path) -> None:
+    result = run("compress", tmp_path / "absent", tmp_path / "out", "--recipe", "svd")
+    assert result.exit_code == 2 and "absent" in result.stderr
+
+
+def test_interrupt_leaves_the_old_output(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = home / "kept"
+    assert compress(home, out, "--recipe", "svd", "--no-evaluate").exit_code == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rankfold.journey.save", interrupted)
+    result = compress(home, out, "--recipe", "svd", "--budget", 0.5, "--no-evaluate", "--overwrite")
+    assert result.exit_code == 130 and "nothing was written" in result.stderr
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_eval_alone_and_against(home: Path, done: tuple[Path, dict[str, Any]]) -> None:
+    out, body = done
+    alone = run("eval", out, "--data", f"{home}/test.txt:4x32", "--json")
+    assert alone.exit_code == 0, alone.output
+    measured = json.loads(alone.stdout)["measured"]
+    assert measured["perplexity"] == pytest.approx(body["evaluation"]["compressed"]["perplexity"], rel=1e-5)
+    assert measured["bytes_on_disk"] == body["totals"]["disk_after"]
+    both = run("eval", out, "--against", home / "model", "--data", f"{home}/test.txt:4x32", "--no-latency", "--json")
+    assert both.exit_code == 0, both.output
+    pair = json.loads(both.stdout)
+    assert pair["compressed"]["kl"] > 0 and pair["dense"]["bytes_on_disk"] > pair["compressed"]["bytes_on_disk"]
+    table = run("eval", out, "--against", home / "model", "--data", f"{home}/test.txt:4x32", "--no-latency")
+    assert table.exit_code == 0 and "perplexity" in table.stdout
+
+
+def test_report_prints_diffs_and_writes_the_page(home: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, body = done
+    shown = run("report", out)
+    assert shown.exit_code == 0 and "q_proj" in shown.stdout
+    assert json.loads(run("report", out, "--json").stdout)["totals"] == body["totals"]
+    assert compress(home, home / "half", "--recipe", "svd", "--budget", 0.5, "--no-evaluate").exit_code == 0
+    assert run("report", out, home / "half").exit_code == 0
+    assert isinstance(json.loads(run("report", out, home / "half", "--json").stdout), dict)
+    page = tmp_path / "page.html"
+    assert run("report", out, "--html", page).exit_code == 0 and "<html" in page.read_text()
+    assert run("report", tmp_path).exit_code == 2
+
+
+def test_recipes_lists_every_recipe(home: Path) -> None:
+    names = {"svd", "fwsvd", "asvd", "svd_llm", "kfac", "best"}
+    assert names <= set(json.loads(run("recipes", "--json").stdout))
+    assert all(name in run("recipes").stdout for name in names)
+
+
+def test_every_recipe_runs_from_the_command_line(home: Path) -> None:
+    for recipe in ("svd", "fwsvd", "asvd", "svd_llm", "kfac", "best"):
+        result = compress(home, home / f"r-{recipe}", "--recipe", recipe, "--no-evaluate")
+        assert result.exit_code == 0, (recipe, result.output)
+
+
+def test_random_is_not_used_by_the_run(home: Path) -> None:
+    random.seed(5)
+    state = torch.random.get_rng_state()
+    assert compress(home, home / "rng", "--recipe", "best", "--no-evaluate").exit_code == 0
+    assert torch.equal(state, torch.random.get_rng_state())
