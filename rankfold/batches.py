@@ -75,13 +75,23 @@ def differentiate(
     with torch.no_grad():
         slope = logits.detach().float().softmax(-1)
         if labels == "sampled":
-            drawn = torch.multinomial(slope.flatten(0, -2).cpu(), 1, generator=generator).to(slope.device)
-            index = drawn.view(*targets.shape, 1)
+            index = draw(slope.flatten(0, -2), generator).view(*targets.shape, 1)
         else:
             index = targets.clamp_min(0)[..., None]
         slope.scatter_add_(-1, index, -torch.ones_like(index, dtype=slope.dtype))
         slope *= (targets >= 0)[..., None]
     logits.backward(slope.to(logits.dtype))
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index a row of probabilities (rows, classes), by inverting the cumulative sum: one uniform number a row, where
+    `torch.multinomial` draws one a class. Returns (rows,) int64. Blocks of rows bound the memory."""
+    uniform = torch.rand(len(probabilities), 1, generator=generator).to(probabilities.device)
+    drawn = []
+    for part, number in zip(probabilities.split(256), uniform.split(256), strict=True):
+        cumulative = part.cumsum(-1)
+        drawn.append(torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True).squeeze(-1))
+    return torch.cat(drawn).clamp_max(probabilities.shape[-1] - 1)
 
 
 def _targets(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor | None:

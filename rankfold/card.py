@@ -1,7 +1,7 @@
 """The model card: the README.md of an output folder, with the same facts as the report.
 
 Markdown with YAML front matter, as the hub reads it. Every value of the front matter is written as a JSON
-string or list, which YAML reads unchanged, so no name can break out of it; names and texts are escaped or fenced.
+string or list, which YAML reads unchanged, so no name can break out of it; texts are escaped or fenced.
 """
 
 from __future__ import annotations

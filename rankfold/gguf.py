@@ -100,22 +100,23 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
         raise ValueError("reading a GGUF file needs the gguf package: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    blob = memoryview(np.memmap(path, np.uint8, "r")) if path.stat().st_size else memoryview(b"")
+    blob = np.memmap(path, np.uint8, "r").data if path.stat().st_size else memoryview(b"")
     try:
         settings, tensors = _header(blob)
         options = _options(settings, tensors)
         if options is None:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            result: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
             )
         else:
             config = _config(options)
             state = {_name(stored.name): _tensor(blob, stored, config).to(dtype) for stored in tensors}
-            model, loaded = LlamaForCausalLM.from_pretrained(
+            result = LlamaForCausalLM.from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
             )
+        model, loaded = result
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (struct.error, UnicodeDecodeError, ValueError, NotImplementedError, KeyError) as error:
+    except (struct.error, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"cannot read '{path}' as a GGUF model: {error}") from error
     wrong = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
     if wrong:
@@ -128,10 +129,10 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
 
 
 def detach_gguf_(model: nn.Module) -> bool:
-    """Make a model that transformers loaded from a GGUF file an ordinary dense model; whether there was a need.
+    """Make a model that transformers loaded from a GGUF file an ordinary dense model; True if it was not yet.
 
-    Its weights are dense already, but the quantizer that stays attached makes `save_pretrained`, `.half()` and
-    Trainer refuse. Other quantizers are left alone. ValueError if the weights are still packed blocks.
+    Its weights are dense already, but the quantizer that stays attached makes `save_pretrained`, `.half()`
+    and Trainer refuse. Other quantizers are left alone. ValueError if the weights are still packed blocks.
     """
     config = getattr(model, "config", None)
     attached = getattr(config, "quantization_config", None)
@@ -161,7 +162,7 @@ def detach_gguf_(model: nn.Module) -> bool:
 
 
 def _header(blob: memoryview) -> tuple[dict[str, Any], list[_Stored]]:
-    """Settings and tensor table, little-endian. An array becomes the range of its indices: nobody needs its items."""
+    """Settings and tensor table, little-endian. An array becomes the range of its indices."""
     at = 0
 
     def take(form: str) -> tuple[Any, ...]:
@@ -214,7 +215,7 @@ def _header(blob: memoryview) -> tuple[dict[str, Any], list[_Stored]]:
 
 
 def _options(settings: dict[str, Any], tensors: list[_Stored]) -> dict[str, Any] | None:
-    """Options of a LlamaConfig, or None where the file holds anything that the direct reader does not know."""
+    """Options of a LlamaConfig, or None if the file holds anything that the direct reader does not know."""
     own = {key[len("llama.") :]: value for key, value in settings.items() if key.startswith("llama.")}
     if (
         settings.get("general.architecture") != "llama"
@@ -258,7 +259,7 @@ def _tensor(blob: memoryview, stored: _Stored, config: Any) -> Tensor:
             f"tensor {stored.name!r} ends at byte {end}, the file at byte {len(blob)}: it is cut short"
         )
     raw = np.frombuffer(blob[stored.start : end], np.uint8).reshape(rows)
-    weight = torch.from_numpy(np.require(dequantize(raw, kind), np.float32, "CW"))
+    weight = torch.from_numpy(np.require(dequantize(raw, kind), np.float32, ["C", "W"]))
     if heads := {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
         stored.name.split(".")[-2]
     ):

@@ -51,6 +51,12 @@ class RankfoldConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(f"config.json: quantization_config has unknown fields {sorted(unknown)}")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What config.json holds, which must say which structures there are. Raises ValueError."""
+        check_manifest(config_dict)
+        return super().from_dict(config_dict, *args, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         body = {"quant_method": QUANT_METHOD, "version": self.version, "structures": self.structures}
         return body | ({"recipe": self.recipe} if self.recipe else {})
@@ -149,7 +155,11 @@ def _make_strict(model: Any, structures: Mapping[str, Any]) -> None:
             written = _written_keys(model, structures)
             missing = {key for key in missing if key.removeprefix(bare) in written}
             unexpected = {key for key in unexpected if key.removeprefix(bare) not in written}
+        parts = sorted(loading_info.conversion_errors)  # e.g. stacks of experts, stored one by one
         loading_info.mismatched_keys.clear()  # transformers would raise its own error, which names none
+        loading_info.conversion_errors.clear()
+        if parts:
+            raise ValueError(f"the checkpoint has not all parts of {_few(parts)}, each of the right shape")
         if wrong:
             raise ValueError(
                 f"tensors of another shape (key, in the checkpoint, in the model): {_few(wrong)}"

@@ -74,7 +74,7 @@ def rebuild_(model: nn.Module, structures: Mapping[str, Any]) -> None:
     into the bare model and back. Raises ValueError naming the layer where the name or the shape does not fit,
     before anything is replaced.
     """
-    names = dict(model.named_modules())
+    names, held = dict(model.named_modules()), hosts(model)
     shared: dict[str, Structure] = {}  # by the name that has the spec: JSON does not keep the order of layers
     placed: list[tuple[str, Layer, Structure]] = []
     for name, spec in structures.items():
@@ -82,7 +82,7 @@ def rebuild_(model: nn.Module, structures: Mapping[str, Any]) -> None:
         if target is None:
             continue
         module = names[target]
-        reason = why_not(module)
+        reason = "it is factorized already" if target in held else why_not(module)
         if reason is not None:
             raise ValueError(f"layer {name!r} cannot hold a structure: {reason}")
         source = spec.get("same_as", name)

@@ -7,6 +7,7 @@ not an exception. Concrete methods are frozen dataclasses: printable, comparable
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class Method(ABC):
         errors, spectrum = self.measure(weight, metric, sizes)
         dense = weight.numel() * (weight.element_size() if unit == "nbytes" else 1)
         assert all(cost < dense for cost in costs), "a menu offers only sizes that save something"
-        return Curve((*sizes, None), (*costs, dense), (*errors, 0.0), metric.error(weight), spectrum)
+        energy = math.fsum(spectrum) if spectrum else metric.error(weight)
+        return Curve((*sizes, None), (*costs, dense), (*errors, 0.0), energy, spectrum)
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)
@@ -104,8 +106,8 @@ def cost_of(structure: Structure, unit: str) -> int:
 def to_json(item: Any) -> dict[str, Any]:
     """{"kind", **fields} of a frozen dataclass that registered itself under a kind."""
     assert dataclasses.is_dataclass(item)
-    return {"kind": item.kind, **{f.name: getattr(item, f.name) for f in dataclasses.fields(item)}}  #
-    type: ignore[attr - defined]
+    fields = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+    return {"kind": item.kind, **fields}  # type: ignore[attr-defined]
 
 
 def from_json(kinds: Mapping[str, type], what: str, data: Any) -> Any:

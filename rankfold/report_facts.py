@@ -116,6 +116,7 @@ def before_after(report: Report) -> list[Line]:
             before, after = total(report, "params", "before"), total(report, "params", "after")
         if key == "macs_per_token" and before is None and after is None:
             before, after = total(report, "macs", "before"), total(report, "macs", "after")
+            label = "Multiply-adds, selected"  # of those layers only, per input row
         if known(before) or known(after):
             lines.append(_line(key, label, show, better, before, after))
     return [line for line in lines if (line.before, line.after) != (DASH, DASH)]

@@ -35,7 +35,10 @@ def _colour(fraction: float, floor: float) -> tuple[str, str]:
     """Background for a kept fraction in [floor, 1], and the text colour that can be read on it."""
     t = min(1.0, max(0.0, (fraction - floor) / max(1 - floor, 1e-9)))
     rgb = [round(a + (b - a) * t) for a, b in zip(_LOW, _HIGH, strict=True)]
-    return "#" + "".join(f"{c:02x}" for c in rgb), "#0d1726" if t < 0.5 else "#fff"
+    # Relative luminance (WCAG 2): from 0.18 on, dark ink has the higher contrast, and it is always above 4.5.
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#" + "".join(f"{c:02x}" for c in rgb), "#080d16" if light > 0.18 else "#fff"
 
 
 def bar(label: str, before: float, after: float, most: float, text: str) -> str:

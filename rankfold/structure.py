@@ -164,7 +164,7 @@ def _build(
     if not isinstance(spec, Mapping) or "kind" not in spec:
         raise ValueError(f"a structure's spec is an object with 'kind' and 'shape'; got {spec!r}")
     kind = spec["kind"]
-    if kind not in Structure.kinds:
+    if isinstance(kind, str) and kind not in Structure.kinds:
         import_extensions()
     if not isinstance(kind, str) or kind not in Structure.kinds:
         raise ValueError(
@@ -174,7 +174,7 @@ def _build(
     cls = Structure.kinds[kind]
     arguments = {key: value for key, value in spec.items() if key != "kind"}
     try:
-        inspect.signature(cls).bind(**arguments)
+        inspect.signature(cls).bind(**arguments, dtype=dtype, device=device)
     except TypeError as error:
         raise ValueError(
             f"the spec of structure {kind!r} does not fit it: {error}; spec {dict(spec)!r}"

@@ -26,7 +26,7 @@ def check_structure(structure: Structure, *, compile: bool = False, seed: int = 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        name = repr(structure)
+        name = f"{type(structure).__name__}({structure.extra_repr()})"
         double = copy.deepcopy(structure).double()
         _check_product(double, name)
         _check_state(structure, name)
@@ -110,7 +110,10 @@ def _check_state(structure: Structure, name: str) -> None:
     except (TypeError, ValueError) as error:
         raise AssertionError(f"{name}: its spec {structure.spec()!r} is not JSON: {error}") from error
     again = build(spec, dtype=structure.dtype)
-    again.load_state_dict(state)
+    try:
+        again.load_state_dict(state)
+    except RuntimeError as error:
+        raise AssertionError(f"{name}: its state dict does not fit build({spec}): {error}") from error
     empty = build(spec, dtype=structure.dtype, device="meta")
     material = [key for key, tensor in empty.state_dict().items() if not tensor.is_meta]
     require(not material, f"{name}: built on meta, {material} took memory")
@@ -172,7 +175,7 @@ def check_host(
     own = [] if structure is None else [copy.deepcopy(structure).double()]
     for held in (Dense.of(layer.matrix()), thin, parts, *own):
         host: Host = layer.wrap(held)
-        where = f"{type(module).__name__} {layer.shape} holding {held!r}"
+        where = f"{type(module).__name__} {layer.shape} holding {type(held).__name__}"
         dense = host.to_dense()
         require(host.training == module.training, f"{where}: the mode was not carried over")
         close(host(x), dense(x), f"{where}: the output is not that of the dense layer it stands for")

@@ -1,12 +1,12 @@
-"""Truncated SVD in any metric, without a Cholesky factor and without an inverse of what may be singular.
+"""Truncated SVD in any metric, without an inverse of what may be singular.
 
-min over rank r of tr(G E C Eᵀ), E = W - W′, is a plain SVD of G^½ W C^½. With T = W C Wᵀ, H = G^½ and (λ, P)
-the leading eigenpairs of S = H T H (out x out):
+min over rank r of tr(G E C Eᵀ), E = W - W′, is a plain SVD of G^½ W C^½. With T = W C Wᵀ, any factor G = F Fᵀ
+and (λ, P) the leading eigenpairs of S = Fᵀ T F (out x out):
 
-    W′ = (T H P Λ⁻¹) (Pᵀ H W),     error(r) = Σ_{i>r} λᵢ
+    W′ = (T F P Λ⁻¹) (Pᵀ Fᵀ W),     error(r) = Σ_{i>r} λᵢ
 
-Only the retained eigenvalues are ever inverted, C may be singular, and with G = I it is the projection P Pᵀ
-W. The same formula on Wᵀ works on the input side; the smaller side is taken, in float64. [FWSVD, ASVD,
+Only the retained eigenvalues are ever inverted, C and G may be singular, and with G = I it is the projection
+P Pᵀ W. The same formula on Wᵀ works on the input side; the smaller side is taken, in float64. [FWSVD, ASVD,
 SVD-LLM, K-FAC-SVD]
 """
 
@@ -97,16 +97,16 @@ def truncate(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]
     weight, left, right = smaller_side(weight, metric)
     if left is not None and left.dim() == 0:
         left = None  # a scalar changes the error, not the answer
-    square, half = gram(weight, left, right)
+    square, factor = gram(weight, left, right)
     values, vectors = eigenpairs(square, rank)
-    basis = times(half, vectors)  # H P
-    inner = basis.mT @ weight  # Pᵀ H W  (rank, in)
+    basis = times(factor, vectors)  # F P
+    inner = basis.mT @ weight  # Pᵀ Fᵀ W  (rank, in)
     if left is None:
         outer = vectors
     else:
         kept = values > 1e-15 * values[:1]
         inverse = torch.where(kept, 1 / values.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
-        outer = (weight @ times(ridged(right), weight.mT @ basis)) * inverse  # T H P Λ⁻¹  (out, rank)
+        outer = (weight @ times(ridged(right), inner.mT)) * inverse  # T F P Λ⁻¹  (out, rank)
     return (inner.mT, outer.mT) if flipped else (outer, inner)
 
 
@@ -121,20 +121,32 @@ def smaller_side(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None,
 
 
 def gram(weight: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """S = H W C Wᵀ H and H = G^½, for W (out, in) with out <= in."""
-    half = root(ridged(left))
+    """S = Fᵀ W C Wᵀ F and a factor F of G = F Fᵀ, for W (out, in) with out <= in."""
+    factor = factor_of(ridged(left))
+    across = factor.mT if factor is not None and factor.dim() == 2 else factor
     inner = weight @ times(ridged(right), weight.mT)
-    square = times(half, times(half, inner).mT)
-    return (square + square.mT) / 2, half
+    square = times(across, times(across, inner).mT)
+    return (square + square.mT) / 2, factor
+
+
+def factor_of(side: Tensor | None) -> Tensor | None:
+    """F with F Fᵀ = side: a Cholesky factor, at a tenth of the root's cost; the root where there is none."""
+    if side is not None and side.dim() == 2:
+        factor, failed = torch.linalg.cholesky_ex(side)
+        if not failed.any():
+            return factor
+    return root(side)
 
 
 def ridged(side: Tensor | None) -> Tensor | None:
     if side is None or side.dim() == 0:
         return side
     ridge = RIDGE * (side.diagonal() if side.dim() == 2 else side).mean()
-    return side + (
-        ridge * torch.eye(len(side), dtype=side.dtype, device=side.device) if side.dim() == 2 else ridge
-    )
+    if side.dim() == 1:
+        return side + ridge
+    side = side.clone()
+    side.diagonal().add_(ridge)
+    return side
 
 
 def eigenpairs(square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
