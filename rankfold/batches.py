@@ -84,8 +84,10 @@ def differentiate(
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row of probabilities (rows, classes), by inverting the cumulative sum: one uniform number a row, where
-    `torch.multinomial` draws one a class. Returns (rows,) int64. Blocks of rows bound the memory."""
+    """One index a row of probabilities (rows, classes), by inverting the cumulative sum; (rows,) int64.
+
+    One uniform number a row, where `torch.multinomial` draws one a class. Blocks of rows bound the memory.
+    """
     uniform = torch.rand(len(probabilities), 1, generator=generator).to(probabilities.device)
     drawn = []
     for part, number in zip(probabilities.split(256), uniform.split(256), strict=True):

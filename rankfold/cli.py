@@ -133,22 +133,22 @@ def eval_(
 ) -> None:
     """Perplexity (or accuracy) of MODEL, its size, and with --against the divergence and speed ratio."""
     with _session(json_):
-        from rankfold import journey
+        from rankfold import judge
 
-        result = journey.evaluate(
+        result = judge.evaluate(
             model,
             against,
             data=data,
             dtype=dtype,
             device=device,
             batch_size=batch_size,
-            latency=latency,
+            timed=latency,
             progress=_bars,
         )
         if json_:
             _print_json(result)
         else:
-            journey.print_evaluation(result, Console())
+            judge.print_evaluation(result, Console())
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rankfold.batches import Batch
 from rankfold.data import Spec
 from rankfold.data_packaged import labelled
 
@@ -44,7 +45,7 @@ def labelled_batches(
     batch_size: int,
     seed: int | None = None,
     count: int = 512,
-) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
+) -> tuple[list[Batch], dict[str, Any]]:
     """Padded batches {"input_ids", "attention_mask", "labels"} and the facts of the data.
 
     `spec.sequences` (or `count`) examples: drawn by `seed`, or the first ones where seed is None; longer ones
@@ -62,7 +63,8 @@ def labelled_batches(
     if seed is not None:
         random.Random(seed).shuffle(order)
     order = order[:wanted]
-    digest, batches, tokens = hashlib.sha256(), [], 0
+    batches: list[Batch] = []
+    digest, tokens = hashlib.sha256(), 0
     for start in range(0, wanted, batch_size):
         rows = order[start : start + batch_size]
         batch = tokenizer(
@@ -73,15 +75,14 @@ def labelled_batches(
             return_tensors="pt",
             verbose=False,
         )
-        batches.append(
-            {
-                "input_ids": batch["input_ids"],
-                "attention_mask": batch["attention_mask"],
-                "labels": torch.tensor([labels[i] for i in rows]),
-            }
-        )
+        tensors = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": torch.tensor([labels[i] for i in rows]),
+        }
+        batches.append(tensors)
         tokens += int(batch["attention_mask"].sum())
-        for value in batches[-1].values():
+        for value in tensors.values():
             digest.update(value.contiguous().numpy().astype("<i8").tobytes())
     facts = {
         "spec": str(spec),

@@ -23,6 +23,8 @@ class Linear(nn.Module):
     """y = x Wᵀ + b with W a structure (out, in). Stands in for `nn.Linear` and, with `transposed`, for the
     `Conv1D` of transformers, whose dense weight is stored (in, out)."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         weight: Structure,
@@ -70,6 +72,8 @@ class Conv2d(nn.Module):
 
     One group only. Input (N, in, H, W), output (N, out, H', W').
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: Structure, bias: nn.Parameter | None, like: Mapping[str, Any]) -> None:
         super().__init__()
@@ -120,9 +124,8 @@ class Conv2d(nn.Module):
             y = _matrix_over(self.weight, x, (kh, 1), (sh, 1), (dh, 1))
         else:
             y = _matrix_over(self.weight, x, (kh, kw), (sh, sw), (dh, dw))
-        if (
-            self.spatial
-        ):  # y is (N, out·kw, H', padded W): y[o, h, w] = Σⱼ z[(o, j), h, w·stride + j·dilation]
+        if self.spatial:
+            # y is z (N, out·kw, H', padded W); output[o, h, w] = Σⱼ z[(o, j), h, w·stride + j·dilation]
             z = y.unflatten(1, (self.out_channels, kw))
             width = (z.shape[-1] - dw * (kw - 1) - 1) // sw + 1
             y = sum(z[:, :, j, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw))

@@ -197,10 +197,12 @@ def left_dense(model: nn.Module, chosen: Mapping[str, Layer]) -> Iterator[tuple[
         why = why_not(module) if leaf == "weight" else None
         if leaf == "weight" and why is None:
             reason = reasons.get(owner, "not among the targets")
-        elif parameter.dim() == 3:
-            reason = "a stack of matrices (experts), not a layer"
+        elif why is not None:
+            reason = why
+        elif parameter.dim() == 3 and min(parameter.shape) > 1:
+            reason = f"a stack of {len(parameter)} matrices (experts) in {type(module).__name__}, not a layer"
         else:
-            reason = why or f"a bare parameter of {type(module).__name__}, not a layer"
+            reason = f"a bare parameter of {type(module).__name__}, not a layer"
         yield name, parameter, reason
 
 

@@ -41,7 +41,7 @@ class Recipe:
         allocators = {
             f.__name__: f for f in (allocate.uniform, allocate.energy, allocate.lagrangian, allocate.knapsack)
         }
-        if data["allocate"] not in allocators:
+        if not isinstance(data["allocate"], str) or data["allocate"] not in allocators:
             raise ValueError(f"Unknown allocator {data['allocate']!r}; known: {sorted(allocators)}")
         method = from_json(Method.kinds, "method", data["method"])
         metric = from_json(Calibration.kinds, "metric", data["metric"])

@@ -16,6 +16,7 @@ Third parties add recipes through the entry-point group `rankfold.recipes`.
 from __future__ import annotations
 
 import difflib
+import warnings
 
 from rankfold.allocate import lagrangian, uniform
 from rankfold.methods import SVD
@@ -58,7 +59,11 @@ def available() -> dict[str, Recipe]:
     ours = {name: item for name, item in globals().items() if isinstance(item, Recipe)}
     theirs = {}
     for entry in entry_points(group="rankfold.recipes"):
-        item = entry.load()
+        try:
+            item = entry.load()
+        except Exception as error:  # one broken package must not take the recipes of all others with it
+            warnings.warn(f"recipe {entry.name!r} ({entry.value}) does not load: {error!r}", stacklevel=2)
+            continue
         if isinstance(item, Recipe):
             theirs[entry.name] = item
     return {**theirs, **ours}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -139,15 +140,12 @@ def _check_hostile_specs(structure: Structure, name: str) -> None:
     """A spec comes from a file: damaged sizes raise ValueError before anything is allocated."""
     spec = structure.spec()
     for key, value in spec.items():
-        places = range(len(value)) if isinstance(value, list) and all(type(v) is int for v in value) else ()
         for bad in (-1, 0, True, 1.5, "2", 2**40, None):
-            hostile = (
-                [[*value[:i], bad, *value[i + 1 :]] for i in places]
-                if places
-                else [bad]
-                if type(value) is int
-                else []
-            )
+            hostile: list[Any] = []
+            if type(value) is int:
+                hostile = [bad]
+            elif isinstance(value, list) and all(type(v) is int for v in value):
+                hostile = [[*value[:i], bad, *value[i + 1 :]] for i in range(len(value))]
             for entry in hostile:
                 try:
                     build({**spec, key: entry}, device="meta")

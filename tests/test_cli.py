@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner, Result
+from words import prose
 
 from rankfold.cli import app
-from words import prose
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+def home(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
+) -> Path:
     """A folder with a tiny dense model and two texts."""
     home = tmp_path_factory.mktemp("home")
     tiny_llama().save_pretrained(home / "model")
@@ -58,12 +60,21 @@ def test_json_alone_on_stdout_and_the_facts_in_it(done: tuple[Path, dict[str, An
 def test_the_folder_holds_model_tokenizer_report_page_and_card(done: tuple[Path, dict[str, Any]]) -> None:
     out, _ = done
     names = {p.name for p in out.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "rankfold_report.json", "report.html", "README.md"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "rankfold_report.json",
+        "report.html",
+        "README.md",
+    } <= names
     assert not any(name.startswith(".") or name.endswith((".bin", ".pt", ".pkl")) for name in names)
     assert "svd_llm" in (out / "README.md").read_text() and "<html" in (out / "report.html").read_text()
 
 
-def test_repeating_the_run_from_its_folder_gives_the_same_bytes(home: Path, done: tuple[Path, dict[str, Any]]) -> None:
+def test_repeating_the_run_from_its_folder_gives_the_same_bytes(
+    home: Path, done: tuple[Path, dict[str, Any]]
+) -> None:
     out, _ = done
     again = home / "again"
     assert compress(home, again, "--recipe", out, "--budget", 0.7, "--no-evaluate").exit_code == 0
@@ -116,7 +127,9 @@ def test_errors_are_json_too_when_json_is_asked_for(home: Path) -> None:
 def test_bad_calibration_text(home: Path, tmp_path: Path, content: bytes, message: str) -> None:
     text = tmp_path / "bad.txt"
     text.write_bytes(content)
-    result = run("compress", home / "model", tmp_path / "out", "--recipe", "svd_llm", "--calib", f"{text}:4x32")
+    result = run(
+        "compress", home / "model", tmp_path / "out", "--recipe", "svd_llm", "--calib", f"{text}:4x32"
+    )
     assert result.exit_code == 2 and message in result.stderr, result.stderr
 
 
@@ -157,15 +170,21 @@ def test_eval_alone_and_against(home: Path, done: tuple[Path, dict[str, Any]]) -
     measured = json.loads(alone.stdout)["measured"]
     assert measured["perplexity"] == pytest.approx(body["evaluation"]["compressed"]["perplexity"], rel=1e-5)
     assert measured["bytes_on_disk"] == body["totals"]["disk_after"]
-    both = run("eval", out, "--against", home / "model", "--data", f"{home}/test.txt:4x32", "--no-latency", "--json")
+    both = run(
+        "eval", out, "--against", home / "model", "--data", f"{home}/test.txt:4x32", "--no-latency", "--json"
+    )
     assert both.exit_code == 0, both.output
     pair = json.loads(both.stdout)
-    assert pair["compressed"]["kl"] > 0 and pair["dense"]["bytes_on_disk"] > pair["compressed"]["bytes_on_disk"]
+    assert (
+        pair["compressed"]["kl"] > 0 and pair["dense"]["bytes_on_disk"] > pair["compressed"]["bytes_on_disk"]
+    )
     table = run("eval", out, "--against", home / "model", "--data", f"{home}/test.txt:4x32", "--no-latency")
     assert table.exit_code == 0 and "perplexity" in table.stdout
 
 
-def test_report_prints_diffs_and_writes_the_page(home: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_report_prints_diffs_and_writes_the_page(
+    home: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     out, body = done
     shown = run("report", out)
     assert shown.exit_code == 0 and "q_proj" in shown.stdout

@@ -108,7 +108,7 @@ def test_everything_left_dense_is_named_with_its_reason() -> None:
     reasons = {name: reason for name, _, reason in left_dense(model, select(model, skip=["*.up"]))}
     assert reasons == {
         "table": "a bare parameter of Tower, not a layer",
-        "experts": "a stack of matrices (experts), not a layer",
+        "experts": "a stack of 3 matrices (experts) in Tower, not a layer",
         "embed.weight": "embedding",
         "blocks.0.up.weight": "not among the targets",
         "blocks.1.up.weight": "not among the targets",

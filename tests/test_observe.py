@@ -199,8 +199,9 @@ def test_outputs_that_cannot_be_differentiated() -> None:
     model = Headless()
     with pytest.raises(ValueError, match=r"no `\.logits`"):
         KFAC()(model, select(model), [torch.randn(2, 5)])
+    model = Classifier()
     with pytest.raises(ValueError, match="needs labels"):
-        Fisher()(Classifier(), select(Classifier()), [torch.randn(2, 5)])
+        Fisher()(model, select(model), [torch.randn(2, 5)])
 
 
 def test_examples_that_a_layer_mixes_cannot_be_told_apart() -> None:
@@ -247,7 +248,7 @@ def test_fewer_tokens_than_inputs_and_one_token() -> None:
     model = Classifier()
     for rows in (1, 3):
         gram = Activation()(model, select(model), [torch.randn(rows, 5)])["first"].right
-        assert int(torch.linalg.matrix_rank(gram)) == rows
+        assert int(torch.linalg.matrix_rank(gram, rtol=1e-5)) == rows
 
 
 def test_half_of_the_two_sided_error_is_the_divergence() -> None:
