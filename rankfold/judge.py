@@ -68,6 +68,7 @@ def side_by_side(
             opened.tokenizer,
             data=facts,
             timing={} if timed else None,
+            memory=True,
             progress=lambda done, total: tell("evaluate", done, total),
         )
     else:

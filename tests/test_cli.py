@@ -216,6 +216,40 @@ def test_random_is_not_used_by_the_run(home: Path) -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+def test_a_classifier_is_compressed_and_scored_on_labels(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer.save_pretrained(tmp_path / "bert")
+    rows = [{"text": prose(3 + i % 9, seed=i), "label": i % 2} for i in range(40)]
+    labelled, wrong = tmp_path / "rows.jsonl", tmp_path / "wrong.jsonl"
+    labelled.write_text("\n".join(map(json.dumps, rows)))
+    wrong.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": "the of", "label": "good"}))
+    out = tmp_path / "out"
+    texts = ("--calib", labelled, "--data", labelled)
+    done = run("compress", tmp_path / "bert", out, "--recipe", "fwsvd", "--budget", 0.6, *texts, "--json")
+    assert done.exit_code == 0, done.output
+    body = json.loads(done.stdout)
+    assert body["evaluation"]["compressed"]["n"] == 40 and 0 <= body["evaluation"]["dense"]["accuracy"] <= 1
+    assert {row["name"]: row["reason"] for row in body["skipped"]}["classifier.weight"] == "head"
+    assert "AutoModelForSequenceClassification" in (out / "README.md").read_text()
+    scored = run("eval", out, "--data", labelled, "--json")
+    assert scored.exit_code == 0, scored.output
+    assert json.loads(scored.stdout)["measured"]["accuracy"] == body["evaluation"]["compressed"]["accuracy"]
+    plain = tmp_path / "plain.txt"
+    plain.write_text(prose(500, seed=0))
+    unlabelled = run(
+        "compress", tmp_path / "bert", tmp_path / "x", "--recipe", "fwsvd", "--calib", f"{plain}:4x16"
+    )
+    assert unlabelled.exit_code == 2 and "needs labels" in unlabelled.stderr
+    bad = run("compress", tmp_path / "bert", tmp_path / "x", "--recipe", "fwsvd", "--calib", wrong)
+    assert bad.exit_code == 2 and "line 2" in bad.stderr
+
+
 def test_a_log_shows_stages_and_time_left() -> None:
     import io
 

@@ -45,7 +45,7 @@ COMMANDS = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+def model(tmp_path_factory: Any, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)

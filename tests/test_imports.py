@@ -202,6 +202,6 @@ def test_family_names_are_recognised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name != "gguf.py"], ids=relative)
 def test_no_architecture_is_named(path: Path) -> None:
-    """What a layer is decides what happens to it, never its model's name (gguf.py reads one family's files)."""
+    """What a layer is decides what happens to it, not its model's name (gguf.py reads one family's files)."""
     named = [f"{path.name}:{line}: {word}" for line, word in code_words(path) if family(word)]
     assert not named, named
