@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rankfold import checkpoint
-from rankfold.factorize import calibrate, factorize_
+from rankfold.factorize import Recipe, calibrate, factorize_
 from rankfold.hosts import hosts
 from rankfold.layers import select
 from rankfold.metric import Metric
+from rankfold.metrics import AbsMean
 from rankfold.recipes import fwsvd, svd
 
 # Six blocks: 4 matrices 384 x 384, one 1536 x 384, one 384 x 1536. Not the embeddings, the pooler, the head.
 TARGETS = ["bert.encoder.*"]
-CONTROLS = ("fwsvd_random", "fwsvd_length")
+# The Fisher of random labels, of another task's head and labels; no Fisher, only (mean |input|)².
+CONTROLS = ("fwsvd_random", "fwsvd_length", "input_scale")
 
 Example = dict[str, Any]  # {"input_ids", "attention_mask", "labels"}, unpadded
 
@@ -147,7 +149,7 @@ class Study:
                 examples = [example | {"labels": draw.randrange(2)} for example in examples]
             elif name == "fwsvd_length":
                 examples = self.length_task(model)
-            recipe = svd if name == "svd" else fwsvd
+            recipe = recipe_of(name)
             self.metrics[name] = calibrate(model, recipe, select(model, TARGETS), self.batches(examples))
         return self.metrics[name]
 
@@ -182,8 +184,8 @@ class Study:
             row: dict[str, Any] = {"seed": self.seed, "budget": budget, "recipe": name, "weight_error": 0.0}
             if name != "dense":
                 before = {n: layer.matrix().clone() for n, layer in select(model, TARGETS).items()}
-                recipe, metrics = svd if name == "svd" else fwsvd, self.calibrated(name)
-                factorize_(model, recipe, budget=budget, targets=TARGETS, metrics=metrics)
+                metrics = self.calibrated(name)
+                factorize_(model, recipe_of(name), budget=budget, targets=TARGETS, metrics=metrics)
                 row["weight_error"] = weight_error(before, model)
             row |= on_disk(model) | self.tested(model)
             if name not in CONTROLS:
@@ -193,6 +195,10 @@ class Study:
             with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
+
+
+def recipe_of(name: str) -> Recipe:
+    return {"svd": svd, "input_scale": replace(svd, metric=AbsMean(alpha=1.0))}.get(name, fwsvd)
 
 
 def weight_error(before: Mapping[str, Tensor], model: nn.Module) -> float:
@@ -265,8 +271,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    show: type[argparse.HelpFormatter] = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=show)
+    parser = argparse.ArgumentParser(description="FWSVD against SVD; see the top of this file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--table", action="store_true", help="print the tables of what is done, and stop")

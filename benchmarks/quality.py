@@ -1,7 +1,7 @@
 """Perplexity of every shipped recipe on one model, at one budget, from one calibration text.
 
 All recipes get the same calibration windows and the same bytes. Statistics that recipes share are collected
-once: one pass for svd_llm, best and kfac (inputs, and gradients of sampled labels), one for fwsvd (true
+once: one pass for svd_llm, weighted and kfac (inputs, and gradients of sampled labels), one for fwsvd (true
 labels, per example), one for asvd. What a recipe makes of them is applied by `factorize_`.
 """
 
@@ -25,11 +25,11 @@ from rankfold.metrics import KFAC
 from rankfold.provenance import weights_hash
 
 Metrics = dict[str, Metric]
-ORDER = ("svd", "fwsvd", "svd_llm", "best", "kfac", "asvd")
+ORDER = ("svd", "fwsvd", "svd_llm", "weighted", "kfac", "asvd")
 
 
 def from_moments(moments: Metrics) -> dict[str, Callable[[], Metrics]]:
-    """The metrics of svd_llm, best and kfac from E[g gᵀ] and E[x xᵀ]: as their own calibrations make."""
+    """The metrics of svd_llm, weighted and kfac from E[g gᵀ] and E[x xᵀ]: as their own calibrations make."""
     shrink = recipes.kfac.metric
     assert isinstance(shrink, KFAC)
 
@@ -37,13 +37,13 @@ def from_moments(moments: Metrics) -> dict[str, Callable[[], Metrics]]:
         assert m.left is not None and m.right is not None
         return Metric(shrunk(m.left, shrink.shrink_out), shrunk(m.right, shrink.shrink_in))
 
-    def best(m: Metric) -> Metric:
+    def weighted(m: Metric) -> Metric:
         assert m.left is not None
         return Metric(m.left.trace() / len(m.left), m.right)
 
     return {
         "svd_llm": lambda: {name: Metric(None, m.right) for name, m in moments.items()},
-        "best": lambda: {name: best(m) for name, m in moments.items()},
+        "weighted": lambda: {name: weighted(m) for name, m in moments.items()},
         "kfac": lambda: {name: kfac(m) for name, m in moments.items()},
     }
 
@@ -59,15 +59,15 @@ def collected(
         recipe = recipes.get(name)
         if not recipe.metric.needs_data:
             return None
-        if name not in ("svd_llm", "best", "kfac"):
+        if name not in ("svd_llm", "weighted", "kfac"):
             return calibrate(model, recipe, layers, ids, progress=setting.said)
         if not derived:
             plain = KFAC(shrink_in=0.0, shrink_out=0.0)(model, layers, ids, progress=setting.said)
             derived.update(from_moments(plain))
             if cache is not None:
-                metric = recipes.best.to_json()["metric"]
+                metric = recipes.weighted.to_json()["metric"]
                 key = {"weights": weights_hash(model), "data": data_hash, "metric": metric, "seed": 0}
-                save_metrics(derived["best"](), cache, {**key, "layers": list(layers)})
+                save_metrics(derived["weighted"](), cache, {**key, "layers": list(layers)})
         return derived[name]()
 
     return metrics_of
@@ -80,7 +80,7 @@ def main() -> None:
         recipes={"nargs": "+", "default": list(ORDER), "help": "which recipes (default: all)"},
         metrics={
             "type": Path,
-            "help": "keep the metric of `best` in this file, for allocate.py and decompose.py",
+            "help": "keep the metric of `weighted` in this file, for allocate.py and decompose.py",
         },
     )
     opened = setting.open_smollm2()

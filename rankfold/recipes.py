@@ -5,9 +5,9 @@
     fwsvd      Fisher, input side           uniform      arXiv 2207.00112
     asvd       mean |activation|^½          uniform      arXiv 2312.05821
     svd_llm    E[x xᵀ]                      uniform      arXiv 2403.07378
+    weighted   E‖g‖² · E[x xᵀ]              lagrangian   svd_llm in the unit of the loss
     kfac       E[g gᵀ] and E[x xᵀ]          lagrangian   K-FAC-SVD, ICML 2026
-    best       E‖g‖² · E[x xᵀ]              lagrangian   ours: the cheapest metric whose errors add across
-               layers
+    best       what we recommend            -            today kfac: the best of these in docs/benchmarks.md
 
 A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md).
 Third parties add recipes through the entry-point group `rankfold.recipes`.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from dataclasses import replace
 
 from rankfold.allocate import lagrangian, uniform
 from rankfold.methods import SVD
@@ -46,9 +47,15 @@ kfac = Recipe(
     "ICML 2026 (LEMS, K-FAC-SVD)",
     "least loss to second order, ranks allocated",
 )
-best = Recipe(
-    "best", SVD(), Activation(output="scalar"), lagrangian, "", "rankfold's default; see docs/benchmarks.md"
+weighted = Recipe(
+    "weighted",
+    SVD(),
+    Activation(output="scalar"),
+    lagrangian,
+    "",
+    "svd_llm weighed by output-gradient energy, ranks allocated",
 )
+best = replace(kfac, name="best", summary="what we recommend today: kfac (docs/benchmarks.md)")
 
 
 def available() -> dict[str, Recipe]:

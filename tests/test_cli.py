@@ -89,7 +89,7 @@ def test_metrics_are_kept_reused_and_refused_when_stale(home: Path) -> None:
     assert (home / "a" / "model.safetensors").read_bytes() == (home / "b" / "model.safetensors").read_bytes()
     stale = compress(home, home / "c", "--recipe", "best", "--metrics", kept, "--seed", 1, "--no-evaluate")
     assert stale.exit_code == 2 and "calibrated with another" in stale.stderr
-    other = compress(home, home / "c", "--recipe", "kfac", "--metrics", kept, "--no-evaluate")
+    other = compress(home, home / "c", "--recipe", "weighted", "--metrics", kept, "--no-evaluate")
     assert other.exit_code == 2 and "another metric" in other.stderr
 
 
@@ -198,13 +198,13 @@ def test_report_prints_diffs_and_writes_the_page(
 
 
 def test_recipes_lists_every_recipe(home: Path) -> None:
-    names = {"svd", "fwsvd", "asvd", "svd_llm", "kfac", "best"}
+    names = {"svd", "fwsvd", "asvd", "svd_llm", "kfac", "weighted", "best"}
     assert names <= set(json.loads(run("recipes", "--json").stdout))
     assert all(name in run("recipes").stdout for name in names)
 
 
 def test_every_recipe_runs_from_the_command_line(home: Path) -> None:
-    for recipe in ("svd", "fwsvd", "asvd", "svd_llm", "kfac", "best"):
+    for recipe in ("svd", "fwsvd", "asvd", "svd_llm", "kfac", "weighted", "best"):
         result = compress(home, home / f"r-{recipe}", "--recipe", recipe, "--no-evaluate")
         assert result.exit_code == 0, (recipe, result.output)
 

@@ -172,7 +172,7 @@ def test_a_model_without_weights_yet() -> None:
         factorize_(tower().to("meta"), recipes.svd, budget=0.5)
 
 
-@pytest.mark.parametrize("name", ["svd_llm", "best", "kfac", "asvd", "fwsvd"])
+@pytest.mark.parametrize("name", ["svd_llm", "weighted", "kfac", "asvd", "fwsvd"])
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_dead_inputs_and_too_few_tokens(name: str, rows: int) -> None:
     """All-zero and rank-deficient moments are ordinary: the budget is met and every number is finite."""
@@ -299,7 +299,7 @@ def test_adding_errors_of_a_one_sided_metric_is_called_out() -> None:
         "not in the unit of the loss" in w
         for w in factorize_(tower(), mixed, budget=0.5, batches=data()).warnings
     )
-    assert not factorize_(tower(), recipes.best, budget=0.5, batches=data()).warnings
+    assert not factorize_(tower(), recipes.weighted, budget=0.5, batches=data()).warnings
 
 
 def test_the_allocator_is_believed_by_the_report() -> None:

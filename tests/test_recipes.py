@@ -13,7 +13,7 @@ from torch import nn
 from rankfold import SVD, Activation, Frobenius, Recipe, allocate, recipes
 from rankfold.factorize import factorize_
 
-NAMES = ["asvd", "best", "fwsvd", "kfac", "svd", "svd_llm"]
+NAMES = ["asvd", "best", "fwsvd", "kfac", "svd", "svd_llm", "weighted"]
 
 
 def test_what_ships() -> None:
@@ -87,7 +87,7 @@ def test_damaged_json(data: Any, says: str) -> None:
         Recipe.from_json(data)
 
 
-@pytest.mark.parametrize("name", ["asvd", "best", "fwsvd", "kfac", "svd_llm"])
+@pytest.mark.parametrize("name", ["asvd", "best", "fwsvd", "kfac", "svd_llm", "weighted"])
 def test_recipes_that_calibrate_ask_for_data(name: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match=rf"recipe '{name}' calibrates on data .* but batches is None"):
