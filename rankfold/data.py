@@ -23,9 +23,9 @@ from torch import Tensor
 
 from rankfold.data_packaged import TEXTS, fetch, labelled, texts
 
-__all__ = ["TEXTS", "Spec", "Windows", "documents", "fetch", "labelled", "token_windows"]
+__all__ = ["SPLITS", "TEXTS", "Spec", "Windows", "documents", "fetch", "labelled", "token_windows"]
 
-_STEPS = {"test": slice(0, None, 2), "train": slice(1, None, 2), "all": slice(None)}
+SPLITS = {"test": slice(0, None, 2), "train": slice(1, None, 2), "all": slice(None)}
 _SUFFIXES = (".txt", ".jsonl")
 _GRAMMAR = "expected NAME[:split][:NxL], such as wikipedia:test:12x512"
 # A hub data set may never end: stop after this many times the tokens that were asked for.
@@ -58,8 +58,8 @@ class Spec:
             name, split = head, tail
         if not name:
             raise ValueError(f"no text is named in {text!r}; {_GRAMMAR}")
-        if name in TEXTS and split is not None and split not in _STEPS:
-            raise ValueError(f"{name!r} has no split {split!r}: choose {', '.join(_STEPS)}; {_GRAMMAR}")
+        if name in TEXTS and split is not None and split not in SPLITS:
+            raise ValueError(f"{name!r} has no split {split!r}: choose {', '.join(SPLITS)}; {_GRAMMAR}")
         if name.endswith(_SUFFIXES) and split is not None:
             raise ValueError(f"the file {name!r} has no splits, but {split!r} was asked for; {_GRAMMAR}")
         if ":" in name and not name.endswith(_SUFFIXES) and not re.match(r"[A-Za-z]:[\\/]", name):
@@ -184,9 +184,9 @@ def _as_spec(spec: str | Spec) -> Spec:
 def _stream(spec: Spec, split: str, tokenizer: Any) -> Iterator[str]:
     split = spec.split or split
     if spec.name in TEXTS:
-        if split not in _STEPS:
-            raise ValueError(f"{spec.name!r} has no split {split!r}: choose {', '.join(_STEPS)}")
-        return iter(texts(spec.name)[_STEPS[split]])
+        if split not in SPLITS:
+            raise ValueError(f"{spec.name!r} has no split {split!r}: choose {', '.join(SPLITS)}")
+        return iter(texts(spec.name)[SPLITS[split]])
     if spec.name.endswith(_SUFFIXES):
         return _file(Path(spec.name), tokenizer)
     near = difflib.get_close_matches(spec.name, TEXTS, n=1)

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 
 from rankfold.batches import Batch
-from rankfold.data import Spec
+from rankfold.data import SPLITS, Spec
 from rankfold.data_packaged import labelled
-
-SPLITS = {"test": slice(0, None, 2), "train": slice(1, None, 2), "all": slice(None)}
 
 
 def is_labelled(spec: Spec) -> bool:
