@@ -146,5 +146,7 @@ def _measure_disk(report: Report, folder: Path) -> None:
     payload = bytes_on_disk(folder)["payload"]
     report.totals["disk_after"] = payload
     if report.evaluation:
+        for row in ("dense", "compressed"):  # the totals have them, and say of which layers
+            report.evaluation[row].pop("bytes", None)
         report.evaluation["compressed"]["bytes_on_disk"] = payload
         report.evaluation["dense"]["bytes_on_disk"] = report.totals["model_before"]
