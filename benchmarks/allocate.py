@@ -67,7 +67,7 @@ ROWS: tuple[tuple[str, Recipe, Callable[[Metric], Metric]], ...] = (
         inputs_only,
     ),
     (
-        "whitened, global, weighted by output-gradient energy (`best`)",
+        "whitened, global, weighted by output-gradient energy (`weighted`)",
         Recipe("weighted", SVD(), Activation(output="scalar"), lagrangian),
         powered(1.0),
     ),

@@ -68,7 +68,7 @@ def perplexities(model: nn.Module, windows: Mapping[str, Tensor]) -> dict[str, f
 
 
 def statistics(opened: Opened, windows: Windows, cache: Path | None = None) -> dict[str, Metric]:
-    """{layer: Metric(E‖g‖²/out, E[x xᵀ])}: the metric of recipe `best`, from which the others follow.
+    """{layer: Metric(E‖g‖²/out, E[x xᵀ])}: the metric of recipe `weighted`, whose sides the others share.
     `cache` is a file to read it from, or to keep it in, for the same weights and data."""
     recipe, layers = recipes.weighted, select(opened.model)
     key = {
