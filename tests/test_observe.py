@@ -276,3 +276,13 @@ def test_half_of_the_two_sided_error_is_the_divergence() -> None:
     assert 0.5 * near.error(change) == pytest.approx(true, rel=0.06)
     assert 0.5 * metric.error(change) == pytest.approx(divergence, rel=1.0)  # peaked p: the same order
     assert isinstance(metric, Metric)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    from rankfold.batches import draw
+
+    probabilities = torch.tensor([0.1, 0.0, 0.2, 0.7]).expand(40_000, 4)
+    drawn = draw(probabilities, torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert share[1] == 0 and torch.allclose(share, probabilities[0], atol=0.01)
+    assert torch.equal(drawn, draw(probabilities, torch.Generator().manual_seed(0)))
