@@ -67,7 +67,7 @@ def side_by_side(
             windows,
             opened.tokenizer,
             data=facts,
-            timing={} if timed else None,
+            timing={"progress": lambda done, total: tell("speed", done, total)} if timed else None,
             memory=True,
             progress=lambda done, total: tell("evaluate", done, total),
         )
@@ -95,7 +95,7 @@ def _measure(opened: Opened, batches: Sequence[Batch], batch_size: int, tell: Pr
         row["perplexity"] = perplexity(
             net, windows, batch_size=batch_size, progress=lambda done, total: tell("evaluate", done, total)
         )
-        timing = latency({"model": net})["rows"][0]
+        timing = latency({"model": net}, progress=lambda done, total: tell("speed", done, total))["rows"][0]
         row |= {key: timing[key] for key in ("prefill_ms", "decode_ms_per_token", "decode_tokens_per_s")}
     else:
         row |= _scored(net, batches)

@@ -34,6 +34,7 @@ def latency(
     new_tokens: int = 32,
     repeats: int = 5,
     warmup: int = 2,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Median prefill and decode times of causal language models, interleaved; the first model is the
     reference.
@@ -71,19 +72,23 @@ def latency(
         int(getattr(getattr(model, "config", None), "vocab_size", 2)) for model in models.values()
     )
     generator = torch.Generator().manual_seed(0)
-    order = list(models)
+    order, total = list(models), len(batch_sizes) * (warmup + repeats)
     with evaluating(*models.values()):
         for batch in batch_sizes:
             prompt = torch.randint(vocabulary, (batch, prompt_length), generator=generator)
             prompt = prompt.to(device_of(first))
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
             for turn in range(warmup + repeats):
+                if progress:
+                    progress(len(facts["rows"]) // len(models) * (warmup + repeats) + turn, total)
                 shift = turn % len(order)  # rotated, so that no model always runs after the same neighbour
                 for name in order[shift:] + order[:shift]:
                     sample = _time(name, models[name], prompt, new_tokens)
                     if turn >= warmup:
                         times[name].append(sample)
             facts["rows"] += _rows(times, batch, prompt_length, new_tokens)
+    if progress:
+        progress(total, total)
     for row in facts["rows"]:
         slow = [k for k in ("prefill", "decode") if row[f"{k}_ratio"] > 1 + TOLERANCE]
         for kind in slow:
