@@ -12,7 +12,16 @@ from torch import nn
 
 from rankfold import data as texts
 from rankfold.batches import Batch
-from rankfold.evaluate import accuracy, bytes_on_disk, compare, latency, macs_per_token, params, perplexity
+from rankfold.evaluate import (
+    accuracy,
+    bytes_on_disk,
+    compare,
+    latency,
+    macs_per_token,
+    params,
+    peak_memory,
+    perplexity,
+)
 from rankfold.inputs import TEST, read_batches
 from rankfold.loading import Opened, open_model
 from rankfold.metrics import Progress
@@ -68,7 +77,7 @@ def side_by_side(
             opened.tokenizer,
             data=facts,
             timing={"progress": lambda done, total: tell("speed", done, total)} if timed else None,
-            memory=True,
+            memory=torch.cuda.is_available(),  # on a CPU, two models in one process hide each other's peak
             progress=lambda done, total: tell("evaluate", done, total),
         )
     else:
@@ -92,9 +101,12 @@ def _measure(opened: Opened, batches: Sequence[Batch], batch_size: int, tell: Pr
     if opened.causal:
         windows = torch.cat([batch["input_ids"] for batch in batches if isinstance(batch, Mapping)])
         row["macs_per_token"] = macs_per_token(net, example=windows[:1])
-        row["perplexity"] = perplexity(
-            net, windows, batch_size=batch_size, progress=lambda done, total: tell("evaluate", done, total)
+        scored = lambda done, total: tell("evaluate", done, total)  # noqa: E731
+        peak = peak_memory(
+            lambda: perplexity(net, windows, batch_size=batch_size, progress=scored),
+            device=next(net.parameters()).device,
         )
+        row["perplexity"], row["peak_memory_bytes"] = peak.result, peak.bytes
         timing = latency({"model": net}, progress=lambda done, total: tell("speed", done, total))["rows"][0]
         row |= {key: timing[key] for key in ("prefill_ms", "decode_ms_per_token", "decode_tokens_per_s")}
     else:
