@@ -130,7 +130,7 @@ def gram(weight: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Ten
 
 
 def factor_of(side: Tensor | None) -> Tensor | None:
-    """F with F Fᵀ = side: a Cholesky factor, at a fifteenth of the root's cost; the root where there is none."""
+    """F with F Fᵀ = side: a Cholesky factor, a fifteenth of the root's cost; the root where there is none."""
     if side is not None and side.dim() == 2:
         factor, failed = torch.linalg.cholesky_ex(side)
         if not failed.any():
