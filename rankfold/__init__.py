@@ -20,6 +20,7 @@ _HOME = {
     "Dense": "structures",
     "LowRank": "structures",
     "Sum": "structures",
+    "SparseCode": "sparse_code",
     "Layer": "layers",
     "select": "layers",
     "replace_": "layers",
@@ -28,6 +29,7 @@ _HOME = {
     "Curve": "method",
     "DecompositionError": "method",
     "SVD": "methods",
+    "Dictionary": "methods",
     "Frobenius": "metrics",
     "Activation": "metrics",
     "AbsMean": "metrics",
@@ -51,11 +53,12 @@ if TYPE_CHECKING:
     from rankfold.factorize import calibrate, factorize_
     from rankfold.layers import Layer, replace_, select
     from rankfold.method import Curve, DecompositionError, Method
-    from rankfold.methods import SVD
+    from rankfold.methods import SVD, Dictionary
     from rankfold.metric import Metric
     from rankfold.metrics import KFAC, AbsMean, Activation, Calibration, Fisher, Frobenius
     from rankfold.recipe import Recipe
     from rankfold.report import Report
+    from rankfold.sparse_code import SparseCode
     from rankfold.structure import Structure, build
     from rankfold.structures import Dense, LowRank, Sum
 
@@ -68,6 +71,7 @@ __all__ = [
     "Curve",
     "DecompositionError",
     "Dense",
+    "Dictionary",
     "Fisher",
     "Frobenius",
     "Layer",
@@ -76,6 +80,7 @@ __all__ = [
     "Metric",
     "Recipe",
     "Report",
+    "SparseCode",
     "Structure",
     "Sum",
     "allocate",

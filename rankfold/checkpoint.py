@@ -26,7 +26,7 @@ from rankfold.card import card
 from rankfold.checkpoint_folder import check_folder, sync, writing
 from rankfold.hosts import hosts
 from rankfold.layers import replace_
-from rankfold.manifest import check_manifest, manifest, rebuild_, stamp_, unstamp_
+from rankfold.manifest import check_manifest, manifest, rebuild_, stamp_, unstamp_, validate
 from rankfold.report import Report
 
 MANIFEST, WEIGHTS = "rankfold.json", "model.safetensors"
@@ -139,9 +139,10 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    expected = _skeleton(model, structures).state_dict(keep_vars=True)
+    skeleton = _skeleton(model, structures)
+    expected = skeleton.state_dict(keep_vars=True)
     # A shared tensor is stored under one of its names.
-    stored = {id(expected[key]) for key in state if key in expected}
+    stored = {id(expected[key]): key for key in state if key in expected}
     missing = sorted(key for key, tensor in expected.items() if id(tensor) not in stored)
     extra = sorted(set(state) - set(expected))
     if missing or extra:
@@ -155,12 +156,30 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{folder / WEIGHTS}: tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the model expects {expected[key].dtype} {tuple(expected[key].shape)}"
             )
+    state = {key: state[stored[id(tensor)]] for key, tensor in expected.items()}
+    try:  # on the skeleton first: what a structure refuses must not have touched the model
+        skeleton.load_state_dict(state, assign=True)
+        validate(skeleton)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     places = {name: model.get_submodule(name).weight.device for name in structures}
     rebuild_(model, structures)
-    for name, place in places.items():
-        model.get_submodule(name).weight.to_empty(device=place)  # type: ignore[union-attr, operator]
-    model.load_state_dict(state, strict=False)  # a shared tensor is filled under one of its names
+    _allocate_(model, places)
+    model.load_state_dict(state)
     return model
+
+
+def _allocate_(model: nn.Module, places: Mapping[str, Any]) -> None:
+    """Memory for the structures that are on meta, and one piece of it for a tensor that several hold."""
+    made: dict[int, Tensor] = {}
+    for name, place in places.items():
+        for module in model.get_submodule(name).weight.modules():  # type: ignore[union-attr]
+            for held in (module._parameters, module._buffers):
+                for key, tensor in held.items():
+                    if tensor is not None and tensor.is_meta:
+                        if id(tensor) not in made:
+                            made[id(tensor)] = _empty(tensor, place)
+                        held[key] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def to_dense_(model: nn.Module) -> nn.Module:
@@ -249,14 +268,14 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _skeleton(model: nn.Module, structures: Mapping[str, Any]) -> nn.Module:
     """A copy of `model` on meta, with its structures in place: nothing is allocated, and `model` is not
     touched."""
-    memo: dict[int, Any] = {id(t): _meta(t) for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {id(t): _empty(t) for t in (*model.parameters(), *model.buffers())}
     skeleton = copy.deepcopy(model, memo)
     rebuild_(skeleton, structures)
     return skeleton
 
 
-def _meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+def _empty(tensor: Tensor, device: Any = "meta") -> Tensor:
+    empty = torch.empty_like(tensor, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 

@@ -194,7 +194,7 @@ def recipes(json_: Json = False) -> None:
             return
         table = Table(box=None, pad_edge=False)
         for heading in ("recipe", "method", "metric", "allocator", "data", "paper", ""):
-            table.add_column(heading)
+            table.add_column(heading, no_wrap=heading == "recipe")
         for name, item in sorted(items.items()):
             body = item.to_json()
             need = "yes" if item.metric.needs_data else "no"

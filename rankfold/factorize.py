@@ -10,21 +10,26 @@ an interrupt leaves it as it was.
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from rankfold.allocate import uniform
 from rankfold.batches import Batch
+from rankfold.fits import Fits
+from rankfold.groups import Stack, stacks
 from rankfold.layers import Layer, replace_, select
 from rankfold.manifest import stamp_
-from rankfold.method import Curve, DecompositionError, Method, cost_of
+from rankfold.method import Curve, DecompositionError
 from rankfold.metric import Metric
 from rankfold.metrics import Progress
 from rankfold.outcome import fit, report_of
 from rankfold.recipe import Recipe
-from rankfold.report import Report
+from rankfold.report import LayerRow, Report
 from rankfold.structure import Structure
 
 
@@ -40,6 +45,7 @@ def factorize_(
     unit: str = "nbytes",
     metrics: Mapping[str, Metric] | None = None,
     seed: int = 0,
+    keep: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Replace the selected layers of `model` in place by structures that together cost at most `budget`.
@@ -50,15 +56,17 @@ def factorize_(
     targets, skip, conv  which layers, and how a convolution is read (see `select`)
     unit     what the budget counts: "nbytes", "params" or "macs"
     metrics  the result of an earlier `calibrate`, instead of batches
+    keep     a folder for every fit as it is made: run again after an interrupt, it goes on from there and
+             ends with the same bytes (`rankfold.fits`); yours to delete
     progress called as (stage, done, total), where total may be None
 
     Raises ValueError for bad arguments, before any long work begins; DecompositionError where a matrix
     defeats every solver. In both cases the model is unchanged.
     """
     layers = select(model, targets, skip, conv=conv)
-    groups = tied(model, layers)
-    heads = {members[-1]: layers[members[-1]] for members in groups.values()}
-    limit = check_budget(recipe, heads, budget, unit)
+    ties = tied(model, layers)
+    items = stacks(recipe.groups, layers, ties)
+    limit = check_budget(recipe, items, budget, unit)
     check_weights(model)
     seconds = {}
     with _timed(seconds, "calibrate"):
@@ -69,26 +77,26 @@ def factorize_(
     with warnings.catch_warnings(record=True) as caught, _timed(seconds, "decompose"):
         warnings.simplefilter("always")
         curves = {}
-        for done, (name, layer) in enumerate(heads.items()):
-            _tell(progress, "measure", done, len(heads))
-            curves[name] = curve_of(recipe.method, layer, name, metrics.get(name), unit)
-        _tell(progress, "measure", len(heads), len(heads))
+        for done, (name, item) in enumerate(items.items()):
+            _tell(progress, "measure", done, len(items))
+            curves[name] = curve_of(recipe, item, metrics, unit)
+        _tell(progress, "measure", len(items), len(items))
         chosen = recipe.allocate(curves, limit)
+        kept = None if keep is None else Fits(Path(keep))
         fitted: dict[str, Structure] = {}
-        rows = []
-        for done, (name, layer) in enumerate(heads.items()):
-            _tell(progress, "factorize", done, len(heads))
+        rows: list[LayerRow] = []
+        for done, (name, item) in enumerate(items.items()):
+            _tell(progress, "factorize", done, len(items))
             size = curves[name].sizes[chosen.index[name]]
-            structure, row = fit(recipe.method, layer, name, metrics.get(name), size, curves[name])
-            rows.append(row)
-            if structure is not None:
-                fitted[name] = structure
-        _tell(progress, "factorize", len(heads), len(heads))
-    report = report_of(model, recipe, budget, unit, layers, groups, rows, chosen, seconds)
+            parts, facts = fit(recipe.method, item, metrics, size, curves[name], kept)
+            fitted |= parts
+            rows += facts
+        _tell(progress, "factorize", len(items), len(items))
+    report = report_of(model, recipe, budget, unit, layers, ties, rows, chosen, seconds)
     report.warnings += sorted({str(w.message) for w in caught})
     report.seed = seed
     for name, structure in fitted.items():
-        for member in next(members for members in groups.values() if members[-1] == name):
+        for member in next(members for members in ties.values() if members[-1] == name):
             replace_(model, member, layers[member].wrap(structure))
     if fitted:
         stamp_(model, recipe.to_json())
@@ -116,12 +124,12 @@ def calibrate(
     return metrics
 
 
-def check_budget(recipe: Recipe, layers: Mapping[str, Layer], budget: float, unit: str) -> int:
+def check_budget(recipe: Recipe, items: Mapping[str, Stack], budget: float, unit: str) -> int:
     """The budget as an amount in `unit`. Raises ValueError if it is no fraction, or below the smallest
     possible size."""
     if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget <= 1:
         raise ValueError(f"budget={budget!r} is the fraction of {unit} kept, a number above 0 and at most 1")
-    costs = {name: costs_of(recipe.method, layer, unit) for name, layer in layers.items()}
+    costs = {name: item.costs(recipe.method, unit) for name, item in items.items()}
     dense = {name: cost[-1] for name, cost in costs.items()}
     total, smallest = sum(dense.values()), sum(min(cost) for cost in costs.values())
     if smallest > budget * total:
@@ -133,13 +141,6 @@ def check_budget(recipe: Recipe, layers: Mapping[str, Layer], budget: float, uni
             f"{unit} ({needs}). Raise the budget, or skip those layers"
         )
     return math.floor(budget * total + 1e-9)
-
-
-def costs_of(method: Method, layer: Layer, unit: str) -> list[int]:
-    """What each size of the menu costs, dense last: known before any data is seen."""
-    dtype = layer.tensor.dtype
-    sizes = [cost_of(method.empty(layer.shape, size, dtype), unit) for size in method.menu(layer.shape)]
-    return [*sizes, layer.tensor.numel() * (layer.tensor.element_size() if unit == "nbytes" else 1)]
 
 
 def check_weights(model: nn.Module) -> None:
@@ -178,16 +179,16 @@ def tied(model: nn.Module, layers: Mapping[str, Layer]) -> dict[int, list[str]]:
     return {key: sorted(names, key=lambda name: not layers[name].lookup) for key, names in groups.items()}
 
 
-def curve_of(method: Method, layer: Layer, name: str, metric: Metric | None, unit: str) -> Curve:
-    """The layer's curve; only the dense entry for a layer without a metric."""
-    weight = layer.matrix()
+def curve_of(recipe: Recipe, item: Stack, metrics: Mapping[str, Metric], unit: str) -> Curve:
+    """The item's curve; only the dense entry where one of its layers has no metric."""
+    metric = item.metric(metrics)
     if metric is None:
-        return Curve((None,), (costs_of(method, layer, unit)[-1],), (0.0,))
-    metric = metric.to(weight.device)
+        return Curve((None,), (item.dense(unit),), (0.0,))
+    method, read = recipe.method, recipe.allocate is not uniform
     try:
-        return method.curve(weight, metric, unit)
+        return item.priced(method.curve(item.matrix(), metric, unit, errors=read), method, unit)
     except (ValueError, DecompositionError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
+        raise type(error)(f"{item}: {error}") from error
 
 
 def _tell(progress: Progress | None, stage: str, done: int, total: int) -> None:

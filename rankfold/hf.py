@@ -22,9 +22,26 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankfold.checkpoint import to_dense_
-from rankfold.manifest import QUANT_METHOD, VERSION, check_manifest, is_own, manifest, rebuild_
+from rankfold.manifest import (
+    QUANT_METHOD,
+    VERSION,
+    check_manifest,
+    is_own,
+    manifest,
+    rebuild_,
+    shared_keys,
+    validate,
+)
 
-FLOATS = ("F16", "BF16", "F32", "F64")
+FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
+INTEGERS = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 class RankfoldConfig(QuantizationConfigMixin):
@@ -72,7 +89,7 @@ class RankfoldQuantizer(HfQuantizer):
     quantization_config: RankfoldConfig
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
+        self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
             raise ValueError(
@@ -82,10 +99,12 @@ class RankfoldQuantizer(HfQuantizer):
             )
         structures = self.quantization_config.structures
         rebuild_(model, structures)
+        check_places(model, device_map)
         check_files(model, checkpoint_files or [])
         _make_strict(model, structures)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        validate(model)
         # Nothing is frozen or packed: .half(), .float(), Trainer and torch.compile must see an ordinary
         # model.
         for module in model.modules():
@@ -118,13 +137,39 @@ class RankfoldQuantizer(HfQuantizer):
         return True
 
 
+def check_places(model: Any, device_map: Any) -> None:
+    """Raise ValueError where a device map puts one side of a shared tensor on disk and the other elsewhere:
+    what loads the offloaded layer would look for a tensor that no file has under its name."""
+    places = (
+        {str(key): str(place) for key, place in device_map.items()} if isinstance(device_map, dict) else {}
+    )
+    if "disk" not in places.values():
+        return
+
+    def place(key: str) -> str | None:
+        above = [name for name in places if not name or key == name or key.startswith(f"{name}.")]
+        return places[max(above, key=len)] if above else None
+
+    for key, source in shared_keys(model).items():
+        if place(key) != place(source) and "disk" in (place(key), place(source)):
+            raise ValueError(
+                f"device_map puts {key!r} on {place(key)} and {source!r} on {place(source)}, but they are "
+                "one tensor; offload both layers, or neither"
+            )
+
+
 def check_files(model: Any, files: Iterable[str]) -> None:
     """Look into the headers of checkpoint files before anything is loaded.
 
     Raises ValueError for a file that is not safetensors, and naming the first tensor that is not floating
-    point where the model's are: the loader would put those numbers into the layer as they are.
+    point where the model's are, or of another type than the integers that the model has there: the loader
+    would put those numbers into the layer as they are.
     """
-    exact = {key.rpartition(".")[2] for key, t in model.state_dict().items() if not t.is_floating_point()}
+    exact = {
+        key.rpartition(".")[2]: INTEGERS[t.dtype]
+        for key, t in model.state_dict().items()
+        if t.dtype in INTEGERS
+    }
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise ValueError(
@@ -133,17 +178,22 @@ def check_files(model: Any, files: Iterable[str]) -> None:
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():
                 dtype = handle.get_slice(key).get_dtype()
-                if dtype not in FLOATS and key.rpartition(".")[2] not in exact:
+                integers = exact.get(key.rpartition(".")[2])
+                if integers is None and dtype not in FLOATS:
                     raise ValueError(
                         f"tensor {key!r} is stored as {dtype}; the model has floating-point numbers there "
                         f"({', '.join(FLOATS)})"
                     )
+                if integers is not None and dtype != integers:
+                    raise ValueError(f"tensor {key!r} is stored as {dtype}; the model has {integers} there")
 
 
 def _make_strict(model: Any, structures: Mapping[str, Any]) -> None:
     """Turn what transformers would log about keys into an error. A checkpoint of another class may lack the
     head of this one, and have one of its own; but it must hold all that its own class has."""
     adjust = model._adjust_missing_and_unexpected_keys
+    shared = shared_keys(model)
+    _mark_buffers_too(model)
 
     def strict(loading_info: Any) -> Any:
         result = adjust(loading_info)
@@ -155,9 +205,15 @@ def _make_strict(model: Any, structures: Mapping[str, Any]) -> None:
             written = _written_keys(model, structures)
             missing = {key for key in missing if key.removeprefix(bare) in written}
             unexpected = {key for key in unexpected if key.removeprefix(bare) not in written}
+        apart = sorted(shared.keys() - model.all_tied_weights_keys.keys())
         parts = sorted(loading_info.conversion_errors)  # e.g. stacks of experts, stored one by one
         loading_info.mismatched_keys.clear()  # transformers would raise its own error, which names none
         loading_info.conversion_errors.clear()
+        if apart:
+            raise ValueError(
+                f"the checkpoint holds {_few(apart)} and {shared[apart[0]]}, which are one tensor, with "
+                "different numbers"
+            )
         if parts:
             raise ValueError(f"the checkpoint has not all parts of {_few(parts)}, each of the right shape")
         if wrong:
@@ -173,6 +229,23 @@ def _make_strict(model: Any, structures: Mapping[str, Any]) -> None:
         return result
 
     model._adjust_missing_and_unexpected_keys = strict
+
+
+def _mark_buffers_too(model: Any) -> None:
+    """transformers looks for tied tensors among the parameters only; a structure may share its buffers."""
+    mark = model.mark_tied_weights_as_initialized
+
+    def both(loading_info: Any) -> None:
+        tied = model.all_tied_weights_keys
+        del model.mark_tied_weights_as_initialized
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        model.all_tied_weights_keys = {key: source for key, source in tied.items() if key in parameters}
+        mark(loading_info)
+        model.all_tied_weights_keys = tied
+        for key in tied.keys() - parameters.keys():
+            model.get_parameter_or_buffer(key)._is_hf_initialized = True
+
+    model.mark_tied_weights_as_initialized = both
 
 
 def _written_keys(model: Any, structures: Mapping[str, Any]) -> set[str]:

@@ -21,6 +21,7 @@ from rankfold.calibration_file import load_metrics, save_metrics
 from rankfold.checkpoint import check_folder, save, verify, write_report
 from rankfold.evaluate import bytes_on_disk
 from rankfold.factorize import calibrate, check_budget, check_weights, factorize_, tied
+from rankfold.groups import stacks
 from rankfold.inputs import CALIB, TEST, open_recipe, read_batches
 from rankfold.judge import Bars, side_by_side
 from rankfold.layers import select
@@ -63,8 +64,7 @@ def compress(
     seconds["load"] = time.perf_counter() - start
     net = opened.model
     layers = select(net, targets, skip)
-    groups = tied(net, layers)
-    check_budget(chosen, {members[-1]: layers[members[-1]] for members in groups.values()}, budget, unit)
+    check_budget(chosen, stacks(chosen.groups, layers, tied(net, layers)), budget, unit)
     check_weights(net)
 
     start = time.perf_counter()

@@ -2,8 +2,9 @@
 
     {"quant_method": "rankfold", "version": 1, "structures": {layer: spec, …}, "recipe": {…}}
 
-A spec is that of `Structure.spec()`; a layer that shares another's matrix says {"same_as": other}. In a
-transformers model the manifest is `config.quantization_config`, so that `save_pretrained` writes it;
+A spec is that of `Structure.spec()`; a layer that shares another's matrix says {"same_as": other}, and one
+that shares a parameter with another's structure adds {"tied": {key: other}} to its spec. In a transformers
+model the manifest is `config.quantization_config`, so that `save_pretrained` writes it;
 elsewhere it is `rankfold.json`. A manifest read from a file is untrusted: names, shapes and sizes are checked
 before anything is allocated.
 """
@@ -11,12 +12,13 @@ before anything is allocated.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+import rankfold.sparse_code
 import rankfold.structures  # noqa: F401  the kinds that a manifest may name
 from rankfold.hosts import hosts
 from rankfold.layers import Layer, replace_, why_not
@@ -33,8 +35,30 @@ def manifest(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> dict[
     for name, host in hosts(model).items():
         owner = first.setdefault(id(host.weight), name)
         structures[name] = host.weight.spec() if owner == name else {"same_as": owner}
+    for name, key, owner in _ties(model):
+        structures[name].setdefault("tied", {})[key] = owner
     body: dict[str, Any] = {"quant_method": QUANT_METHOD, "version": VERSION, "structures": structures}
     return body | ({"recipe": dict(recipe)} if recipe else {})
+
+
+def _ties(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """(layer, key, owner) for each parameter `key` of a layer's structure that is another's: the owner is the
+    first layer that has it."""
+    owners: dict[int, tuple[str, str]] = {}
+    seen: set[int] = set()
+    for name, host in hosts(model).items():
+        if id(host.weight) in seen:
+            continue
+        seen.add(id(host.weight))
+        for key, parameter in host.weight.named_parameters():
+            owner, its = owners.setdefault(id(parameter), (name, key))
+            if owner != name and its != key:
+                raise ValueError(
+                    f"layer {name!r} holds as {key!r} the tensor that is {its!r} of layer {owner!r}; only "
+                    "parameters of one name can be saved as one"
+                )
+            if owner != name:
+                yield name, key, owner
 
 
 def check_manifest(data: Any, where: str = "config.json") -> dict[str, Any]:
@@ -63,7 +87,29 @@ def check_manifest(data: Any, where: str = "config.json") -> dict[str, Any]:
             other = spec["same_as"]
             if not isinstance(other, str) or "same_as" in structures.get(other, {"same_as": other}):
                 raise ValueError(f"{where}: layer {name!r} is the same as {other!r}, which has no structure")
+        if "tied" in spec:
+            _check_tied(name, spec, structures, where)
     return dict(structures)
+
+
+def _check_tied(name: str, spec: Mapping[str, Any], structures: Mapping[str, Any], where: str) -> None:
+    tied = spec["tied"]
+    if not isinstance(tied, Mapping) or "same_as" in spec:
+        raise ValueError(
+            f"{where}: layer {name!r}: 'tied' maps parameters of its own structure to the layers that own "
+            f"them; got {tied!r}"
+        )
+    for key, owner in tied.items():
+        its = structures.get(owner, {"same_as": owner}) if isinstance(owner, str) else {"same_as": owner}
+        if "same_as" in its or owner == name:
+            raise ValueError(
+                f"{where}: layer {name!r} has its {key!r} from {owner!r}, which has no structure of its own"
+            )
+        if isinstance(its.get("tied"), Mapping) and key in its["tied"]:
+            raise ValueError(
+                f"{where}: layer {name!r} has its {key!r} from {owner!r}, which has it from "
+                f"{its['tied'][key]!r}; name the layer that owns it"
+            )
 
 
 def rebuild_(model: nn.Module, structures: Mapping[str, Any]) -> None:
@@ -98,14 +144,36 @@ def rebuild_(model: nn.Module, structures: Mapping[str, Any]) -> None:
                 f"{structure.shape}"
             )
         placed.append((target, layer, structure))
+    for name, structure in shared.items():
+        for key, owner in structures[name].get("tied", {}).items():
+            if owner in shared:  # not so where it belongs to a part that only the checkpoint's class has
+                _tie_(name, structure, key, owner, shared[owner])
     for target, layer, structure in placed:
         replace_(model, target, layer.wrap(structure))
     retie_(model)
 
 
+def _tie_(name: str, structure: Structure, key: str, owner: str, other: Structure) -> None:
+    mine, theirs = (dict(each.named_parameters()).get(key) for each in (structure, other))
+    if mine is None or theirs is None:
+        who, lacks = (name, structure) if mine is None else (owner, other)
+        raise ValueError(
+            f"layer {name!r} has its {key!r} from {owner!r}, but {who!r} has no such parameter; it has "
+            f"{[held for held, _ in lacks.named_parameters()]}"
+        )
+    if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+        raise ValueError(
+            f"layer {name!r} has its {key!r} from {owner!r}, but needs {mine.dtype} {tuple(mine.shape)} "
+            f"where that is {theirs.dtype} {tuple(theirs.shape)}"
+        )
+    path, _, leaf = key.rpartition(".")
+    setattr(structure.get_submodule(path), leaf, theirs)
+
+
 def _build(name: str, spec: Mapping[str, Any], dtype: torch.dtype | None) -> Structure:
+    own = {key: value for key, value in spec.items() if key != "tied"}
     try:
-        return build(spec, dtype=dtype, device="meta")
+        return build(own, dtype=dtype, device="meta")
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
 
@@ -125,6 +193,18 @@ def _find(model: nn.Module, name: str, names: Mapping[str, nn.Module]) -> str | 
             f"the manifest names layer {name!r}, which {type(model).__name__} does not have.{hint}"
         )
     return found
+
+
+def validate(model: nn.Module) -> None:
+    """Raise ValueError naming the layer whose structure holds tensors that it cannot have, such as an index
+    out of range (`Structure.validate`). What is on meta, e.g. offloaded to disk, is passed over."""
+    for name, host in hosts(model).items():
+        for module in host.weight.modules():
+            if isinstance(module, Structure) and not any(t.is_meta for t in module.state_dict().values()):
+                try:
+                    module.validate()
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def is_own(model: nn.Module) -> bool:
@@ -153,37 +233,55 @@ def unstamp_(model: nn.Module) -> None:
         (model, "hf_quantizer"),
         (model, "quantization_method"),
         (config, "quantization_config"),
-        (model, "_tied_weights_keys"),
     ):
         if holder is not None and name in vars(holder):
             delattr(holder, name)
     if hasattr(model, "is_quantized") and "is_quantized" in vars(model):
         setattr(model, "is_quantized", False)  # noqa: B010
-    _refresh_ties(model)
+    for module in model.modules():
+        if "_tied_weights_keys" in vars(module):
+            delattr(module, "_tied_weights_keys")
+            _refresh_ties(module)
 
 
 def retie_(model: nn.Module) -> None:
     """Tell transformers which factors are one tensor under two names, in place of the dense weights it
-    knew."""
-    keys = getattr(model, "_tied_weights_keys", None)
+    knew; its models inside the model too, each of which can be saved alone."""
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            _retie_(module)
+
+
+def _retie_(model: nn.Module) -> None:
+    keys = getattr(model, "_tied_weights_keys", None) or {}
     if not isinstance(keys, Mapping):
         return
-    owners: dict[int, str] = {}
-    renamed: dict[str, str] = {}
     held = hosts(model)
-    for name, host in held.items():
-        owner = owners.setdefault(id(host.weight), name)
-        if owner != name:
-            for key in host.weight.state_dict():
-                renamed[f"{name}.weight.{key}"] = f"{owner}.weight.{key}"
     gone = {f"{name}.weight" for name in held}
     kept = {to: source for to, source in keys.items() if to not in gone and source not in gone}
-    if renamed or len(kept) != len(keys):
-        model._tied_weights_keys = {**kept, **renamed}  # type: ignore[assignment]
-        _refresh_ties(model)
+    ours = shared_keys(model)
+    # What an earlier call wrote is no longer so where a layer has become dense, or its tensors its own.
+    inside = tuple(f"{name}.weight." for name in held)
+    kept = {to: source for to, source in kept.items() if not to.startswith(inside)}
+    if ours or len(kept) != len(keys):
+        model._tied_weights_keys = {**kept, **ours}  # type: ignore[assignment]
+        _refresh_ties(model, ours)
 
 
-def _refresh_ties(model: nn.Module) -> None:
+def shared_keys(model: nn.Module) -> dict[str, str]:
+    """{key: the first key of that tensor} for the tensors that structures hold under several keys."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, host in hosts(model).items():
+        for key, tensor in host.weight.state_dict(prefix=f"{name}.weight.", keep_vars=True).items():
+            source = first.setdefault(id(tensor), key)
+            if source != key:
+                found[key] = source
+    return found
+
+
+def _refresh_ties(model: nn.Module, ours: Mapping[str, str] | None = None) -> None:
+    """transformers' own ties, which depend on its config, and ours, which do not."""
     expand = getattr(model, "get_expanded_tied_weights_keys", None)
     if expand is not None:
-        model.all_tied_weights_keys = expand(all_submodels=False)  # type: ignore[assignment]
+        model.all_tied_weights_keys = {**expand(all_submodels=False), **(ours or {})}  # type: ignore[assignment]

@@ -43,6 +43,7 @@ class Method(ABC):
 
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Method]]] = {}
+    costly: ClassVar[bool] = False  # do errors take long? then they are not asked for where nobody reads them
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,16 +82,20 @@ class Method(ABC):
         them."""
         return self.errors(weight, metric, sizes), ()
 
-    def curve(self, weight: Tensor, metric: Metric, unit: str = "nbytes") -> Curve:
-        """What each size of the menu costs and loses, dense last. Costs are known without fitting."""
+    def curve(self, weight: Tensor, metric: Metric, unit: str = "nbytes", *, errors: bool = True) -> Curve:
+        """What each size of the menu costs and loses, dense last. Costs are known without fitting.
+
+        errors  False for an allocator that ignores them: those of a costly method are then all zero
+        """
         shape = (weight.shape[0], weight.shape[1])
         sizes = self.menu(shape)
         costs = tuple(cost_of(self.empty(shape, size, weight.dtype), unit) for size in sizes)
-        errors, spectrum = self.measure(weight, metric, sizes)
+        skipped = self.costly and not errors
+        lost, spectrum = ([0.0] * len(sizes), ()) if skipped else self.measure(weight, metric, sizes)
         dense = weight.numel() * (weight.element_size() if unit == "nbytes" else 1)
         assert all(cost < dense for cost in costs), "a menu offers only sizes that save something"
         energy = math.fsum(spectrum) if spectrum else metric.error(weight)
-        return Curve((*sizes, None), (*costs, dense), (*errors, 0.0), energy, spectrum)
+        return Curve((*sizes, None), (*costs, dense), (*lost, 0.0), energy, spectrum)
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self)

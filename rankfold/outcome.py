@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from rankfold import allocate
+from rankfold.fits import Fits
+from rankfold.groups import Stack
 from rankfold.layers import Layer, left_dense
 from rankfold.method import Curve, DecompositionError, Method
 from rankfold.metric import Metric
@@ -19,12 +21,61 @@ from rankfold.structure import Structure
 
 
 def fit(
-    method: Method, layer: Layer, name: str, metric: Metric | None, size: Any, curve: Curve
-) -> tuple[Structure | None, LayerRow]:
-    """The fitted structure (None: stays dense) and its row of facts; errors are measured after the cast."""
-    weight = layer.matrix()
-    dense = layer.tensor.numel() * layer.tensor.element_size()
-    row = LayerRow(
+    method: Method,
+    item: Stack,
+    metrics: Mapping[str, Metric],
+    size: Any,
+    curve: Curve,
+    kept: Fits | None = None,
+) -> tuple[dict[str, Structure], list[LayerRow]]:
+    """The fitted structures by layer (none: all stay dense) and each layer's row of facts; errors are
+    measured after the cast, in the layer's own metric.
+
+    What the layers of a group share is counted once, in equal parts: the rows add up to what is stored.
+    """
+    rows = [_row(name, layer, item, curve) for name, layer in item.layers.items()]
+    if size is None:
+        for row in rows:
+            row.note = _why_dense(item, metrics, curve)
+        return {}, rows
+    weight, metric = item.matrix(), item.metric(metrics)
+    assert metric is not None
+    try:
+        if kept is None:
+            structure = method.fit(weight, metric, size)
+        else:
+            structure = kept.fit(method, weight, metric, size)
+    except (ValueError, DecompositionError) as error:
+        raise type(error)(f"{item}: {error}") from error
+    assert structure.shape == item.shape and structure.dtype == weight.dtype
+    parts = item.split(structure)
+    shared = _shared(list(parts.values()))
+    for place, (row, part) in enumerate(zip(rows, parts.values(), strict=True)):
+        layer = item.layers[row.name]
+        for parameter in part.parameters():
+            trains = [layer] if id(parameter) not in shared else item.layers.values()
+            parameter.requires_grad_(any(one.tensor.requires_grad for one in trains))
+        own, matrix = metrics[row.name].to(weight.device), layer.matrix()
+        with torch.no_grad():
+            row.error = own.error(matrix.double() - part.to_dense().double())
+        energy = curve.energy if len(rows) == 1 else own.error(matrix)
+        row.relative_error = math.sqrt(row.error / energy) if energy > 0 else 0.0
+        row.structure, row.size, row.spec = part.kind, size, part.spec()
+        row.bytes_after, row.params_after, row.macs_after = part.nbytes, part.params, part.macs
+        if shared:
+            keys = [key for key, parameter in part.named_parameters() if id(parameter) in shared]
+            others = ", ".join(name for name in parts if name != row.name)
+            row.note = f"one {' and '.join(keys)} with {others}, counted in equal parts"
+            count = sum(parameter.numel() for parameter in shared.values())
+            nbytes = sum(parameter.numel() * parameter.element_size() for parameter in shared.values())
+            row.params_after -= count - _part(count, place, len(rows))
+            row.bytes_after -= nbytes - _part(nbytes, place, len(rows))
+    return parts, rows
+
+
+def _row(name: str, layer: Layer, item: Stack, curve: Curve) -> LayerRow:
+    count, dense = layer.tensor.numel(), layer.tensor.numel() * layer.tensor.element_size()
+    return LayerRow(
         name=name,
         type=name.rpartition(".")[2],
         block=next((int(part) for part in name.split(".") if part.isdigit()), None),
@@ -33,36 +84,36 @@ def fit(
         structure="dense",
         bytes_before=dense,
         bytes_after=dense,
-        params_before=weight.numel(),
-        params_after=weight.numel(),
-        macs_before=weight.numel(),
-        macs_after=weight.numel(),
+        params_before=count,
+        params_after=count,
+        macs_before=count,
+        macs_after=count,
         spectrum=_sampled(curve.spectrum),
-        full_rank=min(weight.shape),
+        full_rank=min(item.shape),
     )
-    if size is None:
-        if metric is None:
-            row.note = "stays dense: it never ran on the calibration data"
-        elif len(curve.sizes) == 1:
-            row.note = "stays dense: no size of the method is smaller"
-        else:
-            row.note = "stays dense: worth its bytes"
-        return None, row
-    assert metric is not None
-    metric = metric.to(weight.device)
-    try:
-        structure = method.fit(weight, metric, size)
-    except (ValueError, DecompositionError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
-    assert structure.shape == layer.shape and structure.dtype == weight.dtype
-    for parameter in structure.parameters():
-        parameter.requires_grad_(layer.tensor.requires_grad)
-    with torch.no_grad():
-        row.error = metric.error(weight.double() - structure.to_dense().double())
-    row.relative_error = math.sqrt(row.error / curve.energy) if curve.energy > 0 else 0.0
-    row.structure, row.size, row.spec = structure.kind, size, structure.spec()
-    row.bytes_after, row.params_after, row.macs_after = structure.nbytes, structure.params, structure.macs
-    return structure, row
+
+
+def _why_dense(item: Stack, metrics: Mapping[str, Metric], curve: Curve) -> str:
+    idle = [name for name in item.layers if name not in metrics]
+    if idle:
+        what = "it" if len(item.layers) == 1 else f"{idle[0]} of its group"
+        return f"stays dense: {what} never ran on the calibration data"
+    if len(curve.sizes) == 1:
+        return "stays dense: no size of the method is smaller"
+    return "stays dense: worth its bytes"
+
+
+def _shared(parts: Sequence[Structure]) -> dict[int, nn.Parameter]:
+    """The parameters that all parts of a group hold."""
+    if len(parts) == 1:
+        return {}
+    first, *rest = ({id(parameter): parameter for parameter in part.parameters()} for part in parts)
+    return {key: parameter for key, parameter in first.items() if all(key in other for other in rest)}
+
+
+def _part(total: int, place: int, count: int) -> int:
+    """The `place`-th of `count` equal parts of an integer; they add up to it."""
+    return total // count + (place < total % count)
 
 
 def report_of(
@@ -71,7 +122,7 @@ def report_of(
     budget: float,
     unit: str,
     layers: Mapping[str, Layer],
-    groups: Mapping[int, list[str]],
+    ties: Mapping[int, list[str]],
     rows: list[LayerRow],
     chosen: allocate.Allocation,
     seconds: dict[str, float],
@@ -111,7 +162,7 @@ def report_of(
             "allocator": recipe.to_json()["allocate"],
             "cost": chosen.cost,
             "budget": chosen.budget,
-            "error": chosen.error,
+            "error": chosen.error or lost,  # zero where the allocator asked for no errors
             "bound": chosen.bound,
             "gap": chosen.gap,
         },
@@ -124,7 +175,7 @@ def report_of(
             f"allocator added them across "
             "layers; use a two-sided metric (kfac, activation with output='scalar') or uniform sizes"
         )
-    for name, members in ((members[-1], members) for members in groups.values() if len(members) > 1):
+    for name, members in ((members[-1], members) for members in ties.values() if len(members) > 1):
         others = ", ".join(members[:-1])
         next(row for row in rows if row.name == name).note = f"one matrix, shared with {others}"
     return report

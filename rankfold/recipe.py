@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankfold import allocate
+from rankfold.groups import Groups
 from rankfold.method import Curve, Method, from_json
-from rankfold.metrics import Calibration
+from rankfold.metrics import KFAC, Calibration
 
 Allocator = Callable[[Mapping[str, Curve], int], allocate.Allocation]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `factorize_` applies. A Python expression; its JSON is what we write, and what repeats a run."""
+    """What `factorize_` applies. A Python expression; its JSON is what we write, and what repeats a run.
+
+    `groups` says which layers are fitted together and share a factor (`rankfold.groups`); None: none. Raises
+    ValueError for groups with a metric whose left sides are matrices: layers have no outputs in common.
+    """
 
     name: str
     method: Method
@@ -23,15 +28,24 @@ class Recipe:
     allocate: Allocator
     paper: str = ""
     summary: str = ""
+    groups: Groups | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and isinstance(self.metric, KFAC):
+            raise ValueError(
+                f"recipe {self.name!r}: metric 'kfac' has a matrix for each layer's own outputs, and layers "
+                "of a group are fitted in one metric; use Activation(output='scalar'), or no groups"
+            )
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        body = {
             "name": self.name,
             "method": self.method.to_json(),
             "metric": {"kind": self.metric.kind, **vars(self.metric)},
             "allocate": getattr(self.allocate, "__name__", str(self.allocate)),
             "paper": self.paper,
         }
+        return body if self.groups is None else body | {"groups": self.groups.to_json()}
 
     @classmethod
     def from_json(cls, data: Any) -> Recipe:
@@ -46,5 +60,10 @@ class Recipe:
         method = from_json(Method.kinds, "method", data["method"])
         metric = from_json(Calibration.kinds, "metric", data["metric"])
         return cls(
-            str(data["name"]), method, metric, allocators[data["allocate"]], str(data.get("paper", ""))
+            str(data["name"]),
+            method,
+            metric,
+            allocators[data["allocate"]],
+            str(data.get("paper", "")),
+            groups=Groups.from_json(data["groups"]) if "groups" in data else None,
         )

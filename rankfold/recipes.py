@@ -5,8 +5,15 @@
     fwsvd      Fisher, input side           uniform      arXiv 2207.00112
     asvd       mean |activation|^½          uniform      arXiv 2312.05821
     svd_llm    E[x xᵀ]                      uniform      arXiv 2403.07378
+    basis_sharing   the same, two layers share a basis: arXiv 2410.03765
     weighted   E‖g‖² · E[x xᵀ]              lagrangian   svd_llm in the unit of the loss
     kfac       E[g gᵀ] and E[x xᵀ]          lagrangian   K-FAC-SVD, ICML 2026
+    cospadi    E[x xᵀ]                      uniform      arXiv 2509.22075, sparse codes of a dictionary
+    cospadi_grouped   the same, two layers share a dictionary
+    rocket     E[x xᵀ]                      uniform      arXiv 2602.11008, one shot
+    compot     E[x xᵀ]                      uniform      orthonormal dictionary
+    codes      E‖g‖² · E[x xᵀ]              lagrangian   cospadi in the unit of the loss
+    dsformer   none                         uniform      arXiv 2312.13211, blocks of 64; before tuning
     best       what we recommend            -            today kfac: the best of these in docs/benchmarks.md
 
 A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md).
@@ -20,7 +27,8 @@ import warnings
 from dataclasses import replace
 
 from rankfold.allocate import lagrangian, uniform
-from rankfold.methods import SVD
+from rankfold.groups import Groups
+from rankfold.methods import SVD, Dictionary
 from rankfold.metrics import KFAC, AbsMean, Activation, Fisher, Frobenius
 from rankfold.recipe import Recipe
 
@@ -39,6 +47,32 @@ asvd = Recipe(
 svd_llm = Recipe(
     "svd_llm", SVD(), Activation(), uniform, "arXiv 2403.07378", "least squared output error of each layer"
 )
+# Layers at neighbouring depths share a factor, but for those that write into the residual stream: the paper
+# leaves o_proj and down_proj alone, and these are their names in the architectures we know.
+PAIRS = Groups(
+    size=2,
+    private=(
+        *(
+            "*o_proj",
+            "*out_proj",
+            "*c_proj",
+            "*out_lin",
+            "*output.dense",
+            "*attention.dense",
+            "*self_attn.dense",
+        ),
+        *("*down_proj", "*fc2", "*lin2", "*dense_4h_to_h", "*.wo", "*.w2"),
+    ),
+)
+basis_sharing = Recipe(
+    "basis_sharing",
+    SVD(),
+    Activation(),
+    uniform,
+    "arXiv 2410.03765",
+    "svd_llm in which pairs of neighbouring layers share a basis",
+    groups=PAIRS,
+)
 kfac = Recipe(
     "kfac",
     SVD(),
@@ -54,6 +88,52 @@ weighted = Recipe(
     lagrangian,
     "",
     "svd_llm weighed by output-gradient energy, ranks allocated",
+)
+cospadi = Recipe(
+    "cospadi",
+    Dictionary(),
+    Activation(),
+    uniform,
+    "arXiv 2509.22075",
+    "sparse codes of a learned dictionary, least squared output error",
+)
+rocket = Recipe(
+    "rocket",
+    Dictionary(solver="rocket"),
+    Activation(),
+    uniform,
+    "arXiv 2602.11008",
+    "sparse codes in one shot: seconds, not minutes",
+)
+compot = Recipe(
+    "compot",
+    Dictionary(solver="compot", sweeps=20),
+    Activation(),
+    uniform,
+    "COMPOT",
+    "sparse codes of an orthonormal dictionary",
+)
+cospadi_grouped = replace(
+    cospadi,
+    name="cospadi_grouped",
+    summary="cospadi in which pairs of neighbouring layers share a dictionary",
+    groups=PAIRS,
+)
+codes = Recipe(
+    "codes",
+    Dictionary(),
+    Activation(output="scalar"),
+    lagrangian,
+    "",
+    "cospadi weighed by output-gradient energy, sizes allocated",
+)
+dsformer = Recipe(
+    "dsformer",
+    Dictionary(solver="ksvd", width=64, ratio=4.0, sweeps=10),
+    Frobenius(),
+    uniform,
+    "arXiv 2312.13211",
+    "sparse codes in blocks of 64, the start of straight-through tuning",
 )
 best = replace(kfac, name="best", summary="what we recommend today: kfac (docs/benchmarks.md)")
 

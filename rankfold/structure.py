@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -75,6 +75,14 @@ class Structure(nn.Module, ABC):
         """The dense matrices whose product is W, the first-applied last, or None where W is not a plain
         product."""
         return None
+
+    def split(self, rows: Sequence[int]) -> list[Structure]:
+        """Structures of W's consecutive rows, `rows[i]` of them each, that share what does not depend on the
+        row: layers fitted as one stack share a factor. Raises ValueError for a kind that does not split."""
+        raise ValueError(f"a structure of kind {self.kind!r} does not split by rows")
+
+    def validate(self) -> None:
+        """Raise ValueError where what was loaded cannot be this structure, e.g. an index out of range."""
 
     def spec(self) -> dict[str, Any]:
         """Small JSON from which `build` makes an empty copy of the same kind, shape and sizes."""

@@ -74,7 +74,8 @@ class LowRank(Structure, kind="low_rank"):
     ) -> None:
         super().__init__(shape)
         out_features, in_features = self.shape
-        self.rank = check_size(f"low-rank structure of shape {self.shape}: rank", rank, min(self.shape))
+        # Above `out` only for a part of a stack, whose `right` serves more rows than its own (`split`).
+        self.rank = check_size(f"low-rank structure of shape {self.shape}: rank", rank, in_features)
         self.right = nn.Linear(in_features, self.rank, bias=False, dtype=dtype, device=device)
         self.left = nn.Linear(self.rank, out_features, bias=False, dtype=dtype, device=device)
 
@@ -102,6 +103,14 @@ class LowRank(Structure, kind="low_rank"):
 
     def factors(self) -> tuple[Tensor, ...]:
         return (self.left.weight, self.right.weight)
+
+    def split(self, rows: Sequence[int]) -> list[Structure]:
+        """Low-rank parts with one `right` parameter. A part may have fewer rows than the rank."""
+        lefts = self.left.weight.detach().split(list(rows))
+        parts = [LowRank.of(left.clone(), self.right.weight) for left in lefts]
+        for part in parts:
+            part.right.weight = self.right.weight
+        return list(parts)
 
 
 class Sum(Structure, kind="sum"):

@@ -24,14 +24,17 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 # Left to right. A module may import its own tier and those to the left of it.
 TIERS = (
+    ("packing", "kernels", "codes"),
     ("structure", "autoload"),  # autoload stands outside: it imports nothing of ours, anyone may import it
-    ("structures",),
-    ("hosts", "layers", "manifest", "batches", "sums", "observe", "metric", "metrics", "method"),
+    ("structures", "sparse_code", "masters"),
+    ("hosts", "layers", "manifest", "batches", "sums", "observe", "metric", "metrics", "method", "groups"),
+    ("pursuit*", "dictionary*"),
     ("methods",),
     ("multiple_choice", "allocate*", "report*"),
     ("recipe",),
-    ("outcome", "factorize"),
+    ("fits", "storage", "outcome", "factorize"),
     ("recipes",),
+    ("straight_through*", "trainer_callback"),
     (
         "card",
         "calibration_file",

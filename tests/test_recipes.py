@@ -13,7 +13,7 @@ from torch import nn
 from rankfold import SVD, Activation, Frobenius, Recipe, allocate, recipes
 from rankfold.factorize import factorize_
 
-NAMES = ["asvd", "best", "fwsvd", "kfac", "svd", "svd_llm", "weighted"]
+NAMES = ["asvd", "basis_sharing", "best", "fwsvd", "kfac", "svd", "svd_llm", "weighted"]
 
 
 def test_what_ships() -> None:
@@ -29,7 +29,7 @@ def test_json_and_back(name: str) -> None:
     data = json.loads(json.dumps(recipe.to_json(), allow_nan=False))
     again = Recipe.from_json(data)
     assert again.to_json() == data
-    for part in ("name", "method", "metric", "allocate", "paper"):
+    for part in ("name", "method", "metric", "allocate", "paper", "groups"):
         assert getattr(again, part) == getattr(recipe, part)
 
 
@@ -53,7 +53,7 @@ def test_every_recipe_factorizes_a_language_model(name: str, tiny_llama) -> None
     [
         ("svdllm", r"Unknown recipe 'svdllm'\. Did you mean 'svd_llm'"),
         ("fwsdv", "Did you mean 'fwsvd'"),
-        ("zzzzzz", r"Unknown recipe 'zzzzzz'\. Known: asvd, best"),
+        ("zzzzzz", r"Unknown recipe 'zzzzzz'\. Known: asvd, basis_sharing"),
         ("", "Unknown recipe ''"),
         ("lagrangian", "Unknown recipe"),
     ],
@@ -87,7 +87,7 @@ def test_damaged_json(data: Any, says: str) -> None:
         Recipe.from_json(data)
 
 
-@pytest.mark.parametrize("name", ["asvd", "best", "fwsvd", "kfac", "svd_llm", "weighted"])
+@pytest.mark.parametrize("name", ["asvd", "basis_sharing", "best", "fwsvd", "kfac", "svd_llm", "weighted"])
 def test_recipes_that_calibrate_ask_for_data(name: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match=rf"recipe '{name}' calibrates on data .* but batches is None"):

@@ -76,7 +76,7 @@ BAD_SPECS = {
     "rank missing": {"kind": "low_rank", "shape": [6, 4]},
     "shape missing": {"kind": "low_rank", "rank": 2},
     "unknown size": {**LOW, "atoms": 3},
-    "rank too large": {**LOW, "rank": 5},
+    "rank too large": {**LOW, "rank": 7},
     "shape of three": {**LOW, "shape": [6, 4, 2]},
     "shape is a string": {**LOW, "shape": "64"},
     "empty sum": {"kind": "sum", "shape": [6, 4], "terms": []},
