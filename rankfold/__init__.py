@@ -36,7 +36,9 @@ _HOME = {
     "Fisher": "metrics",
     "KFAC": "metrics",
     "Calibration": "metrics",
+    "Groups": "groups",
     "Recipe": "recipe",
+    "store_values_": "storage",
     "calibrate": "factorize",
     "factorize_": "factorize",
     "Report": "report",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from rankfold import allocate, checkpoint, data, evaluate, hf, metrics, recipes, report, testing
     from rankfold.checkpoint import load_, save, to_dense_, verify
     from rankfold.factorize import calibrate, factorize_
+    from rankfold.groups import Groups
     from rankfold.layers import Layer, replace_, select
     from rankfold.method import Curve, DecompositionError, Method
     from rankfold.methods import SVD, Dictionary
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from rankfold.recipe import Recipe
     from rankfold.report import Report
     from rankfold.sparse_code import SparseCode
+    from rankfold.storage import store_values_
     from rankfold.structure import Structure, build
     from rankfold.structures import Dense, LowRank, Sum
 
@@ -74,6 +78,7 @@ __all__ = [
     "Dictionary",
     "Fisher",
     "Frobenius",
+    "Groups",
     "Layer",
     "LowRank",
     "Method",
@@ -98,6 +103,7 @@ __all__ = [
     "report",
     "save",
     "select",
+    "store_values_",
     "testing",
     "to_dense_",
     "verify",

@@ -64,6 +64,13 @@ def compress(
     metrics: Annotated[
         str | None, typer.Option(help="file to keep the calibration in, and to reuse it from")
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="folder for fits as they are made: a stopped run goes on there"),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="values of sparse codes: float, bf14 (14 bits) or int8")
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="sequences in a calibration batch; lower it when memory runs out")
     ] = 4,
@@ -96,6 +103,8 @@ def compress(
             targets=targets or None,
             skip=skip or (),
             metrics_file=metrics,
+            keep=keep,
+            storage=storage,
             batch_size=batch_size,
             seed=seed,
             dtype=dtype,

@@ -113,9 +113,7 @@ def ksvd_(dictionary: Tensor, codes: Tensor, residual: Tensor, power_iterations:
             code = columns[rows, atom].view(len(d), most, 1)
             mine = old + code * d[:, atom, None]
             valid = None
-            if (
-                least < most
-            ):  # problems differ: padded with rows that do not use the atom, and stay as they are
+            if least < most:  # problems differ: filled up with rows that do not use the atom, and stay
                 valid = (torch.arange(most, device=s.device) < counts[:, atom, None])[..., None]
                 mine = mine * valid
             new = d[:, atom]

@@ -63,7 +63,7 @@ def key(method: Method, weight: Tensor, metric: Metric, size: Any) -> str:
     for tensor in (weight, metric.left, metric.right):
         digest.update(f"{None if tensor is None else (str(tensor.dtype), *tensor.shape)}".encode())
         if tensor is not None:
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

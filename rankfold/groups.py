@@ -73,7 +73,7 @@ class Groups:
             raise ValueError(f"groups in JSON have {sorted(known)}; got {data!r}")
         for key, kind in known.items():
             if key in data and not isinstance(data[key], kind):
-                raise ValueError(f"groups in JSON: {key!r} must be of type {kind.__name__}; got {data[key]!r}")
+                raise ValueError(f"groups in JSON: {key!r} must be a {kind.__name__}; got {data[key]!r}")
         return cls(data.get("size", 2), tuple(data.get("private", ())), tuple(data.get("members", ())))
 
     def of(self, layers: Mapping[str, Layer]) -> list[list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from rankfold.inputs import CALIB, TEST, open_recipe, read_batches
 from rankfold.judge import Bars, side_by_side
 from rankfold.layers import select
 from rankfold.loading import open_model
+from rankfold.methods import Dictionary
 from rankfold.provenance import versions, weights_hash
+from rankfold.recipe import Recipe
 from rankfold.report import Report
+from rankfold.sparse_code import how_applied
 
 
 def compress(
@@ -41,6 +45,8 @@ def compress(
     targets: Sequence[str] | None,
     skip: Sequence[str],
     metrics_file: str | None,
+    keep: str | None,
+    storage: str | None,
     batch_size: int,
     seed: int,
     dtype: str | None,
@@ -54,6 +60,8 @@ def compress(
     """Run the whole job and return the report and the folder written. Raises ValueError for bad arguments,
     early."""
     chosen = open_recipe(recipe)
+    if storage is not None:
+        chosen = stored_as(chosen, storage)
     folder = check_folder(out, overwrite)
     for spec in (calib, data):
         if spec is not None:
@@ -106,12 +114,14 @@ def compress(
             skip=skip,
             metrics=metrics,
             seed=seed,
+            keep=keep,
             progress=tell,
         )
         report.timings["calibrate"] += took
         report.timings = {**seconds, **report.timings}
         report.model, report.data, report.weights_hash = opened.name, facts, original_hash
         report.versions, report.seed = versions(), seed
+        report.warnings += how_applied(net)
         if twin is not None and held_out is not None:
             start = time.perf_counter()
             report.evaluation = side_by_side(opened, twin, held_out, held_facts, tell)
@@ -132,6 +142,16 @@ def compress(
     _measure_disk(report, folder)
     write_report(report, folder)
     return report, folder
+
+
+def stored_as(recipe: Recipe, storage: str) -> Recipe:
+    """The recipe with the values of its sparse codes stored otherwise, which its budget counts."""
+    if not isinstance(recipe.method, Dictionary):
+        raise ValueError(
+            f"storage={storage!r} is how the values of sparse codes are stored, and recipe {recipe.name!r} "
+            "makes none; leave it out, or take a recipe of sparse codes: cospadi, rocket, codes"
+        )
+    return replace(recipe, method=replace(recipe.method, storage=storage))
 
 
 def twin_of(model: nn.Module) -> nn.Module:

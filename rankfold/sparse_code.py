@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.codes import Codes, factored, per_block
+from rankfold.codes import Codes, factored, path_of, per_block
 from rankfold.packing import bytes_for, pack_14, pack_support, packing_for, support_bytes, unpack_14
 from rankfold.structure import Structure, check_size
 
@@ -256,3 +256,16 @@ class SparseCode(Structure, kind="sparse_code"):
                 self.validate()
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+
+def how_applied(model: nn.Module) -> list[str]:
+    """How the model's sparse codes are multiplied, in words: for one token at a time, and for 512 at once."""
+    held = [module for module in model.modules() if isinstance(module, SparseCode)]
+    found = {
+        tokens: sorted({path_of(one.codes(), tokens, dtype=one.dtype) for one in held}) for tokens in (1, 512)
+    }
+    return [
+        f"sparse codes, {'one token' if tokens == 1 else f'{tokens} tokens'} at a time: {'; '.join(paths)}"
+        for tokens, paths in found.items()
+        if paths
+    ]

@@ -63,7 +63,8 @@ class StraightThrough:
     (half of it for codes of half as many atoms as columns), plus two bytes a code: only the export is small.
     **Optimizer.** After every step the dictionary's rows are scaled to unit norm and their codes by the
     inverse. The product stays, but moments that the optimizer holds (Adam) are those of the old scale; one
-    step changes a norm by about the learning rate, so we leave them. No shape changes while training.
+    step changes a norm by about the learning rate, so we leave them. Clipping by the norm of all gradients
+    counts those of unused codes too, and so clips more than in ordinary tuning. No shape changes.
 
     Raises ValueError for options out of range.
     """

@@ -115,6 +115,12 @@ def test_bad_arguments_are_one_line_and_status_2(home: Path, arguments: list[str
     assert not (home / "never").exists()
 
 
+def test_storage_is_for_codes(home: Path) -> None:
+    for recipe, storage, message in (("svd", "int8", "makes none"), ("rocket", "fp4", "choose one of")):
+        result = compress(home, home / "never", "--recipe", recipe, "--storage", storage)
+        assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
 def test_errors_are_json_too_when_json_is_asked_for(home: Path) -> None:
     result = compress(home, home / "never", "--recipe", "nope", "--json")
     assert result.exit_code == 2 and "Unknown recipe" in json.loads(result.stdout)["error"]
@@ -207,6 +213,21 @@ def test_every_recipe_runs_from_the_command_line(home: Path) -> None:
     for recipe in ("svd", "fwsvd", "asvd", "svd_llm", "basis_sharing", "kfac", "weighted", "best"):
         result = compress(home, home / f"r-{recipe}", "--recipe", recipe, "--no-evaluate")
         assert result.exit_code == 0, (recipe, result.output)
+
+
+def test_codes_are_kept_packed_and_their_product_is_disclosed(home: Path) -> None:
+    kept, options = home / "fits", ("--recipe", "rocket", "--budget", 0.7, "--storage", "int8")
+    result = compress(home, home / "coded", *options, "--keep", kept, "--no-evaluate", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["recipe"]["method"]["storage"] == "int8"
+    assert any("512 tokens at a time: codes rebuilt as a dense matrix" in said for said in report["warnings"])
+    made = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert made
+    assert compress(home, home / "again", *options, "--keep", kept, "--no-evaluate").exit_code == 0
+    assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == made
+    one, two = (home / name / "model.safetensors" for name in ("coded", "again"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_random_is_not_used_by_the_run(home: Path) -> None:
