@@ -2,9 +2,9 @@
 
     python benchmarks/codes.py --threads 1 --out codes.json
 
-Layers are random: only bytes and arithmetic matter. For a share of the dense bytes that is kept, the sizes are
-CoSpaDi's with two atoms to an entry, the bit mask charged: atoms = keep·out·in / (in + out/2 + out/b), b the
-bits of a value, nonzeros = atoms / 2. Beside it, in the same run, in turns, on the same inputs:
+Layers are random: only bytes and arithmetic matter. For a share of the dense bytes that is kept, the sizes
+are CoSpaDi's with two atoms to an entry, the bit mask charged: atoms = keep·out·in / (in + out/2 + out/b), b
+the bits of a value, nonzeros = atoms / 2. Beside it, in the same run, in turns, on the same inputs:
 
     dense       torch, the whole layer; every other time is divided by its own
     same bytes  torch, a dense layer with keep·out outputs: what a product bound by memory could reach
@@ -83,7 +83,7 @@ def _copied(codes: Codes) -> dict[str, Any]:
 @torch.no_grad()
 def measured(out: int, inner: int, keep: float, dtype: torch.dtype, chosen: Any) -> list[dict[str, Any]]:
     """One row of facts for every number of tokens."""
-    copies = max(2, CACHE // int(out * inner * dtype.itemsize * keep) + 1)
+    copies = max(2, CACHE // int(out * inner * dtype.itemsize * keep))
     here, rows = ways(out, inner, keep, dtype, copies), []
     _, codes = codes_of(out, inner, keep, dtype)
     stored = codes.columns * inner * dtype.itemsize + codes.values.numel() * dtype.itemsize
@@ -167,7 +167,8 @@ def main() -> None:
     notes = "\n".join(
         f"- {tokens} tokens, {dtype}: {path}" for (tokens, dtype), path in sorted(paths.items())
     )
-    text = f"Time over dense time, medians:\n\n{setting.table(headings, lines)}\n\nHow codes are applied:\n\n{notes}"
+    table = setting.table(headings, lines)
+    text = f"Time over dense time, medians:\n\n{table}\n\nHow codes are applied:\n\n{notes}"
     setting.finish("Codes times a dictionary", {"rows": rows}, text, chosen)
 
 

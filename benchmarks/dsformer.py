@@ -57,6 +57,7 @@ def regime_of(arm: str) -> StraightThrough | None:
     return {
         "stf": lambda: StraightThrough(),
         "frozen": lambda: StraightThrough(freeze=1.0),
+        "stf_zero": lambda: StraightThrough(),  # unused codes start at zero
         "stf_decay": lambda: StraightThrough(decay=2e-4),
         "stf_ramp": lambda: StraightThrough(ramp=0.5),
         "stf_weight": lambda: StraightThrough(dsformer.method, reading="weight", refit=4),
@@ -95,13 +96,11 @@ class Ablation(Study):
         row: dict[str, Any] = {"weight_error": weight_error(before, model)}
         if regime is None or name == "frozen":  # the other codes start where these do
             row |= self.tested(model)
-        if name == "stf_weight":
-            model = dense
         trainer = self.trainer(model, tuning.epochs, self.seed + 1000)
         trainer.args.learning_rate = tuning.rate
         trainer.args.max_grad_norm = 0.0  # a clip would count the gradients of places not in use
         if regime is not None:
-            regime.start_(model, **({"budget": budget, "targets": TARGETS} if name == "stf_weight" else {}))
+            regime.start_(model, weights={} if name == "stf_zero" else before)
             callback = StraightThroughCallback(regime)
             trainer.add_callback(callback)
         row["train_loss"] = trainer.train().training_loss

@@ -9,6 +9,7 @@ activation metrics. What a recipe makes of them is applied by `factorize_`.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from rankfold.loading import Opened
 from rankfold.metric import Metric, shrunk
 from rankfold.metrics import KFAC
 from rankfold.provenance import weights_hash
+from rankfold.storage import store_values_
 
 Metrics = dict[str, Metric]
 ORDER = ("svd", "fwsvd", "svd_llm", "weighted", "kfac", "asvd")
@@ -97,6 +99,11 @@ def main() -> None:
             "type": Path,
             "help": "keep the metric of `weighted` in this file, for allocate.py and decompose.py",
         },
+        storage={
+            "nargs": "+",
+            "default": ["float"],
+            "help": "pack the values of sparse codes afterwards: float, bf14, int8 (default: float)",
+        },
         keep={"type": Path, "help": "keep fits in this folder: a run that was stopped goes on"},
     )
     names = [n for name in chosen.recipes for n in (SPARSE if name == "sparse" else (name,))]
@@ -108,19 +115,23 @@ def main() -> None:
     print(rows[-1], flush=True)
     for name in names:
         metrics = metrics_of(name)
-        for budget in chosen.budgets:
+        for budget, storage in itertools.product(chosen.budgets, chosen.storage):
             model = copy.deepcopy(opened.model)
             start = time.process_time()
             report = factorize_(model, recipes.get(name), budget=budget, metrics=metrics, keep=chosen.keep)
             seconds = time.process_time() - start
             lost = sum(layer.relative_error for layer in report.layers) / len(report.layers)
+            label, kept = name, report.reached
+            if storage != "float":
+                was, now = store_values_(model, storage)
+                label, kept = f"{name} + {storage}", kept - (was - now) / report.totals["selected_before"]
             result = setting.perplexities(model, held_out)
             gap = report.allocation["gap"]
-            facts = {"recipe": name, "budget": budget, "kept": report.reached, "perplexity": result}
+            facts = {"recipe": label, "budget": budget, "kept": kept, "perplexity": result}
             results.append({**facts, "relative_error": lost, "gap": gap, "cpu_seconds": seconds})
             each = seconds / len(report.layers)
             shown = "-" if gap is None else f"{gap:.2%}"
-            rows.append([name, round(report.reached, 4), *result.values(), lost, each, shown])
+            rows.append([label, round(kept, 4), *result.values(), lost, each, shown])
             print(rows[-1], flush=True)
             del model
         del metrics

@@ -13,7 +13,7 @@ float64. [CoSpaDi, ROCKET, COMPOT, DSFormer]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Coded:
         return Codes(self.values, self.index)
 
 
+@torch.no_grad()
 def fit(
     target: Tensor,
     atoms: int,
@@ -82,6 +83,7 @@ def fit(
     scale = None if row_weight is None else _scale(row_weight, target)
     if scale is not None:
         target = target * scale
+        warm = warm and replace(warm, values=warm.values * scale)
     if solver == "rocket":
         best, history = one_shot(target, atoms, nonzeros, atom_weight), []
         history.append(_energy(best.residual))
@@ -112,6 +114,7 @@ def fit(
     return Coded(best.dictionary, values, codes.index, error, tuple(history))
 
 
+@torch.no_grad()
 def curve(target: Tensor, sizes: Sequence[tuple[int, int]]) -> list[float]:
     """‖Y − S D‖² at every (atoms, nonzeros), for D the leading eigenvectors of YᵀY: where `fit` starts, hence
     an upper bound of what it reaches from there.

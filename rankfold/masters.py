@@ -92,8 +92,14 @@ class CodeMaster(Master, kind="code_master"):
         self.register_buffer("first", torch.zeros(size, dtype=torch.bool, device=device))
 
     @classmethod
-    def of(cls, structure: SparseCode) -> CodeMaster:
-        """The master of a sparse code: its entries in their places, zero elsewhere."""
+    def of(cls, structure: SparseCode, weight: Tensor | None = None) -> CodeMaster:
+        """The master of a sparse code: its entries in their places, zero elsewhere.
+
+        Given the `weight` (out, in) that the code stands for, what is not in use starts at its correlation
+        with the residual, (W − C D) Dᵀ, as a straight-through step on the weight's own error would leave it;
+        at most at the size of the smallest in use, so that the choices are still the code's. From zero, a
+        place would need many steps to be considered at all.
+        """
         sizes = {key: value for key, value in structure.sizes().items() if key != "storage"}
         master = cls(structure.shape, **sizes, device="meta")
         index, values = structure.index().long(), structure.coefficients().detach()
@@ -102,7 +108,20 @@ class CodeMaster(Master, kind="code_master"):
         master.dictionary = structure.dictionary
         master.mask = torch.zeros_like(empty, dtype=torch.bool).scatter_(-1, index, True)
         master.first = master.mask.clone()
+        if weight is not None:
+            master._propose_(weight)
         return master
+
+    @torch.no_grad()
+    def _propose_(self, weight: Tensor) -> None:
+        residual = weight - self.to_dense()
+        parts = (residual if self.orient == "in" else residual.mT).unflatten(1, (self.blocks, -1))
+        near = torch.einsum("rbw,baw->rba", parts, self.dictionary)
+        norms = self.dictionary.norm(dim=-1).clamp_min(torch.finfo(near.dtype).tiny)
+        lengths = self.codes.abs() * norms
+        least = lengths.masked_fill(~self.mask, torch.inf).amin(-1, keepdim=True) * (1 - 1e-6)  # no rounding
+        near = (near / norms).clamp(-least, least)  # along unit atoms: sizes can be compared
+        self.codes.copy_(torch.where(self.mask, self.codes, near / norms))
 
     def coefficients(self) -> Tensor:
         """C (rows, blocks, atoms), dense: the codes in use and zeros."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 MEMORY = 256 * 2**20  # bytes of scratch memory of one batch of rows
 FEW = 32  # nonzeros up to which matching pursuit is the cheaper start
+COHERENT = 10.0  # mean of [G⁻¹]ᵢᵢ, 1 for orthonormal atoms, above which matching pursuit is the better start
 RIDGE = 1e-4  # of the unit diagonal of the atoms' Gram: decides between atoms that depend on each other
 
 
@@ -63,6 +64,7 @@ def squared_error(target: Tensor, dictionary: Tensor, codes: Codes) -> Tensor:
     return total
 
 
+@torch.no_grad()
 def omp(target: Tensor, dictionary: Tensor, nonzeros: int, *, memory: int = MEMORY) -> Codes:
     """Orthogonal matching pursuit of every row, batched over rows.
 
@@ -118,25 +120,27 @@ def _omp(goal: Tensor, gram: Tensor, nonzeros: int) -> Codes:
     return Codes(values.gather(-1, order).reshape(size), index.reshape(size))
 
 
+@torch.no_grad()
 def pursue(
     target: Tensor,
     dictionary: Tensor,
     nonzeros: int,
     *,
     start: Codes | None = None,
-    rounds: int = 4,
+    rounds: int = 2,
     swaps: int = 3,
     memory: int = MEMORY,
 ) -> Codes:
-    """Codes by backward elimination, or by improving `start`; as good as `omp` or better, an order faster.
+    """Codes by backward elimination, or by improving `start`; as good as `omp` or better, and an order
+    faster on the nearly orthogonal atoms of a learned dictionary.
 
-    Up to FEW nonzeros the start is `omp`, which is cheap there. Elimination: from the (ridged) least-squares
-    codes on all atoms, `rounds` times keep fewer entries of every row, until `nonzeros` are left. What an
-    entry is worth is cᵢ² / [G⁻¹]ᵢᵢ, the error that its removal costs while all atoms are in play, and becomes
-    cᵢ² as the support shrinks to nearly orthogonal atoms. Swaps: `swaps` times a gradient step, the
-    `nonzeros` largest, and a new solution on them (hard-thresholding pursuit); a row whose error does not
-    fall keeps its codes. With `start` (of any number of nonzeros) only the swaps are done, and no row ends
-    worse than its start, cut to the `nonzeros` largest and solved.
+    Where atoms are COHERENT, and up to FEW nonzeros, the start is `omp` itself. Elimination: from the
+    (ridged) least-squares codes on all atoms, `rounds` times keep fewer entries of every row, until
+    `nonzeros` are left. What an entry is worth is cᵢ² / [G⁻¹]ᵢᵢ, the error that its removal costs while all
+    atoms are in play, and becomes cᵢ² as the support shrinks to nearly orthogonal atoms. Swaps: `swaps` times
+    a gradient step, the `nonzeros` largest, and a new solution on them (hard-thresholding pursuit); a row
+    whose error does not fall keeps its codes. With `start` (of any number of nonzeros) only the swaps are
+    done, and no row ends worse than its start, cut to the `nonzeros` largest and solved.
 
     memory  bytes of scratch: sets how many rows go together; the result does not depend on it but for
     rounding
@@ -146,21 +150,28 @@ def pursue(
     check(target, dictionary, nonzeros)
     units, norms = unit(dictionary)
     gram = units @ units.mT
-    if start is None and nonzeros <= FEW:
-        start = omp(target, dictionary, nonzeros, memory=memory)
-    plan = None if start is not None else _elimination(units, nonzeros, rounds)
+    plan, greedy = None, torch.ones(gram.shape[:-2], dtype=torch.bool, device=gram.device)
+    if start is None:
+        if nonzeros > FEW:
+            plan, greedy = _elimination(units, nonzeros, rounds)
+        if greedy.any():
+            start = omp(target, dictionary, nonzeros, memory=memory)
     found = []
     for rows in _batches(target, 9 * units.shape[-2] + 2 * units.shape[-1], memory):
         part = target[..., rows, :]
         goal = part @ units.mT
-        if plan is not None:
-            codes, mask = _eliminate(goal, gram, nonzeros, *plan)
-        else:
-            assert start is not None
+        codes = mask = torch.zeros_like(goal)
+        if start is not None:
             codes = Codes(start.values[..., rows, :], start.index[..., rows, :]).dense(units.shape[-2])
             codes *= norms[..., None, :]
             mask = support(codes, nonzeros)
             codes = conjugate_gradients(goal, gram, codes * mask, mask)
+        if plan is not None and not greedy.all():
+            weeded = _eliminate(goal, gram, *plan)
+            codes, mask = (
+                torch.where(greedy[..., None, None], one, other)
+                for one, other in zip((codes, mask), weeded, strict=True)
+            )
         for _ in range(swaps):
             codes, mask = _swap(goal, gram, codes, mask, nonzeros)
         # Once more from the residual itself: goal − codes gram has lost the digits that a small error needs.
@@ -196,28 +207,32 @@ def conjugate_gradients(
     return codes
 
 
-def _elimination(units: Tensor, nonzeros: int, rounds: int) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """The inverse of the ridged Gram, and for every round how many entries stay and the weight
-    (..., 1, atoms) of a code's magnitude. In float64 on the way: a Gram rounded to float32 may not be
-    positive."""
+Plan = tuple[Tensor, list[tuple[int, Tensor]]]
+
+
+def _elimination(units: Tensor, nonzeros: int, rounds: int) -> tuple[Plan, Tensor]:
+    """The inverse of the ridged Gram with, for every round, how many entries stay and the weight (..., 1,
+    atoms) of a code's magnitude; and which problems (...) are too coherent for it. In float64 on the way: a
+    Gram rounded to float32 may not be positive."""
     atoms = units.shape[-2]
     ridged = units.double() @ units.double().mT
     ridged.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
-    spread = inverse.diagonal(dim1=-2, dim2=-1)[..., None, :]
-    plan = []
+    spread = inverse.diagonal(dim1=-2, dim2=-1)
+    steps = []
     for done in range(1, rounds + 1):
         part = done / rounds
-        plan.append((round(atoms + (nonzeros - atoms) * part), (spread ** (-(1 - part) / 2)).to(units.dtype)))
-    return inverse.to(units.dtype), plan
+        weight = (spread ** (-(1 - part) / 2)).to(units.dtype)[..., None, :]
+        steps.append((round(atoms + (nonzeros - atoms) * part), weight))
+    return (inverse.to(units.dtype), steps), spread.mean(-1) > COHERENT
 
 
 def _eliminate(
-    goal: Tensor, gram: Tensor, nonzeros: int, inverse: Tensor, plan: list[tuple[int, Tensor]]
+    goal: Tensor, gram: Tensor, inverse: Tensor, steps: list[tuple[int, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     codes = goal @ inverse
     mask = torch.ones_like(codes)
-    for count, weight in plan:
+    for count, weight in steps:
         mask = support(codes * weight * mask, count)
         codes = conjugate_gradients(goal, gram, codes * mask, mask)
     return codes, mask

@@ -94,7 +94,7 @@ class StraightThrough:
         if not isinstance(refit, int) or isinstance(refit, bool) or refit < 1:
             raise ValueError(f"StraightThrough(refit={refit!r}): steps between factorizations, at least 1")
         if reading == "weight" and method is None:
-            raise ValueError("StraightThrough(reading='weight') needs the method that fits the weights anew")
+            raise ValueError("StraightThrough(reading='weight') needs a method, to fit the weights anew")
         self.method, self.reading, self.decay = method, reading, float(decay)
         self.freeze, self.ramp, self.refit = float(freeze), float(ramp), refit
         self.steps: int | None = None
@@ -109,6 +109,7 @@ class StraightThrough:
         model: nn.Module,
         *,
         steps: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         budget: float | None = None,
         targets: Sequence[str] | None = None,
         skip: Sequence[str] = (),
@@ -117,22 +118,23 @@ class StraightThrough:
         """Give every factorized layer of `model` its master, in place; before an optimizer is made.
 
         steps    of the whole training; the callback of the Trainer knows them itself
-        budget   factorize dense layers first: the share of the bytes of `targets` that is KEPT, the same of
-                 every layer (see `factorize_`), in `metrics` or plainly. In the weight reading the master is
-                 then the dense weight; a layer factorized before starts from its product
+        weights  the dense weights (out, in) that factorized layers stand for, by layer. In the weight reading
+                 they are the masters, else the product is; in the coefficient reading they say what unused
+                 codes start at, else it is zero and few places will move (see `CodeMaster.of`)
+        budget   factorize dense layers first, and take their weights: the share of the bytes of `targets`
+                 that is KEPT, the same of every layer (see `factorize_`), in `metrics` or plainly
 
         A model that holds masters already, e.g. of an interrupted run, goes on from them. Raises ValueError
         where there is nothing to train, for values that are stored packed or as 16-bit floats, and naming a
         layer that the reading does not fit; the model is then unchanged, unless it was factorized here.
         """
-        dense: dict[str, Tensor] = {}
+        dense = dict(weights or {})
         if budget is not None:
             if self.method is None:
                 raise ValueError(f"start_(budget={budget}) factorizes: it needs StraightThrough(method)")
             recipe = Recipe("straight_through", self.method, Frobenius(), uniform)
-            if self.reading == "weight":
-                layers = select(model, targets, skip)
-                dense = {name: layer.matrix().clone() for name, layer in layers.items()}
+            chosen = select(model, targets, skip)
+            dense |= {name: layer.matrix().clone() for name, layer in chosen.items()}
             factorize_(model, recipe, budget=budget, targets=targets, skip=skip, metrics=metrics)
         masters = masters_of(model, self.reading, dense)
         self._sizes = {
@@ -246,10 +248,8 @@ class StraightThrough:
         for parameter in self._model.parameters():
             if parameter.requires_grad:
                 (plain if id(parameter) in exempt or parameter.dim() < 2 else decayed).append(parameter)
-        return [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+        rates = ((decayed, weight_decay), (plain, 0.0))
+        return [{"params": parameters, "weight_decay": rate} for parameters, rate in rates]
 
     def _check(self, counted: bool = True) -> None:
         if self._model is None:
@@ -284,10 +284,9 @@ class StraightThrough:
             if isinstance(master, CodeMaster):
                 owners.setdefault(id(master.dictionary), []).append(master)
         for masters in owners.values():  # a dictionary may serve several layers
-            dictionary = masters[0].dictionary
-            norms = dictionary.norm(dim=-1)
+            norms = masters[0].dictionary.norm(dim=-1)
             norms = torch.where(norms > 0, norms, 1.0)
-            dictionary.div_(norms[..., None])
+            masters[0].dictionary.div_(norms[..., None])
             for master in masters:
                 master.scale_(norms)
 

@@ -23,7 +23,7 @@ from rankfold.structure import Structure
 
 def masters_of(model: nn.Module, reading: str, dense: Mapping[str, Tensor]) -> dict[str, Master]:
     """The master of every host's structure: {layer: master}. Layers that share a structure share the
-    master. `dense` gives weights (out, in) that the weight reading starts from, by layer.
+    master. `dense` gives by layer the weight (out, in) that the structure stands for, where it is known.
 
     Raises ValueError where there is no host, and for a layer that cannot train so.
     """
@@ -68,7 +68,7 @@ def master_of(name: str, held: Structure, reading: str, dense: Tensor | None = N
             f"layer {name!r} stores its values as {held.storage!r}, which do not train; train "
             "storage='float', and pack the values afterwards (SparseCode.with_storage)"
         )
-    return CodeMaster.of(held)
+    return CodeMaster.of(held, dense)
 
 
 def size_of(method: Method, name: str, structure: Structure) -> Size:

@@ -249,6 +249,8 @@ def test_row_weight_is_the_weighted_problem():
     coded, plain = fit(target, 12, 5, sweeps=5, row_weight=weight), fit(target, 12, 5, sweeps=5)
     rest = target - plain.codes.dense(12) @ plain.dictionary
     assert coded.error < float((weight * rest.square().sum(-1)).sum())
+    again = fit(target, 12, 5, sweeps=0, row_weight=weight, warm=coded)
+    assert again.error <= coded.error * (1 + 1e-9)
     assert torch.allclose(
         fit(target, 12, 5, sweeps=2, row_weight=torch.full((50,), 4.0)).values,
         fit(target, 12, 5, sweeps=2).values,
@@ -360,6 +362,12 @@ def test_progress_and_interrupt():
     with pytest.raises(KeyboardInterrupt):
         fit(target, 8, 3, sweeps=4, progress=stop)
     assert torch.equal(target, kept)
+
+
+def test_no_gradient_is_recorded():
+    target = decaying(30, 12).requires_grad_()
+    coded = fit(target, 8, 3, "ksvd", sweeps=2)
+    assert not coded.dictionary.requires_grad and not coded.values.requires_grad
 
 
 def test_tolerance_stops_early():

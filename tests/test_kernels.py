@@ -47,31 +47,44 @@ def compiler(folder: Path, script: str) -> str:
 @pytest.mark.parametrize("packing", ["mask", "index"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, (130, 1, 96, 5)], ids=str)
 def test_cpu_kernel_equals_the_dense_product(
+    layout: tuple[int, int, int, int], packing: str, stored: torch.dtype, given: torch.dtype
+) -> None:
+    agree(layout, packing, stored, given, ((1, 1), (2, 32), (3, 31), (4, 5), (9, 64)))
+
+
+@needs_kernel
+def test_threads_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SERIAL", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for layout in ((1, 1, 1, 1), (33, 2, 17, 5)):
+            agree(layout, "mask", torch.float32, torch.float32, ((2, 20),))
+    finally:
+        torch.set_num_threads(before)
+
+
+def agree(
     layout: tuple[int, int, int, int],
     packing: str,
     stored: torch.dtype,
     given: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    cases: tuple[tuple[int, int], ...],
 ) -> None:
+    """The CPU kernel multiplies (tokens, dictionary width) of each case as the dense matrix does."""
     codes, (_, blocks, atoms, _) = some_codes(layout, packing, stored), layout
     full, rest = dense64(codes), (codes.values, codes.support, packing, codes.layout)
-    threads = torch.get_num_threads()
-    for tokens, width, shared in ((1, 1, 1), (2, 32, 2), (3, 31, 3), (4, 5, 1), (5, 40, 2), (9, 64, 1)):
-        monkeypatch.setattr(cpu, "SERIAL", 0)
-        torch.set_num_threads(shared)
-        try:
-            dictionary = torch.randn(blocks, atoms, width, dtype=stored)
-            wide = torch.block_diag(*dictionary.double())
-            for transposed, matrix in ((False, full.mT), (True, full)):
-                x = torch.randn(tokens, matrix.shape[0], dtype=given)
-                y = cpu.product(x, *rest, transposed)
-                assert y.dtype == given and close(y, x.double() @ matrix, TOLERANCE[given])
-                both = matrix @ wide if transposed else wide.mT @ matrix
-                x = torch.randn(tokens, both.shape[0], dtype=given)
-                y = cpu.product(x, *rest, transposed, dictionary)
-                assert y.dtype == given and close(y, x.double() @ both, TOLERANCE[given])
-        finally:
-            torch.set_num_threads(threads)
+    for tokens, width in cases:
+        dictionary = torch.randn(blocks, atoms, width, dtype=stored)
+        wide = torch.block_diag(*dictionary.double())
+        for transposed, matrix in ((False, full.mT), (True, full)):
+            x = torch.randn(tokens, matrix.shape[0], dtype=given)
+            y = cpu.product(x, *rest, transposed)
+            assert y.dtype == given and close(y, x.double() @ matrix, TOLERANCE[given])
+            both = matrix @ wide if transposed else wide.mT @ matrix
+            x = torch.randn(tokens, both.shape[0], dtype=given)
+            y = cpu.product(x, *rest, transposed, dictionary)
+            assert y.dtype == given and close(y, x.double() @ both, TOLERANCE[given])
 
 
 @needs_kernel

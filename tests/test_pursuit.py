@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rankfold.dictionary import fit
 from rankfold.pursuit import Codes, conjugate_gradients, largest, omp, pursue, squared_error, support
 
 CODERS = [omp, pursue]
@@ -128,6 +129,32 @@ def test_blocks_together_are_blocks_one_by_one(coder, nonzeros):
             assert torch.allclose(together.values[i, j], alone.values)
 
 
+def test_a_coherent_block_does_not_change_its_neighbour():
+    target = random(2, 15, 60, seed=1)
+    atoms = torch.stack(
+        [orthonormal(60)[:50] + 0.03 * random(50, 60, seed=2), target[0, :1] + target[0, :5].repeat(10, 1)]
+    )
+    together = pursue(target, atoms, 40)
+    for block in range(2):
+        alone = pursue(target[block], atoms[block], 40)
+        assert torch.equal(together.index[block], alone.index)
+        assert torch.allclose(together.values[block], alone.values, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), atoms=st.integers(34, 90), part=st.floats(0.2, 1.0))
+def test_pursue_is_never_worse_than_matching_pursuit_on_coherent_atoms(seed, atoms, part):
+    target = random(20, 40, seed=seed)
+    dictionary = random(atoms, 12, seed=seed + 1) @ random(12, 40, seed=seed + 2)
+    dictionary += 0.1 * random(atoms, 40, seed=seed + 3)
+    nonzeros = max(1, round(part * atoms))
+    reference = squared_error(target, dictionary, omp(target, dictionary, nonzeros))
+    assert (
+        squared_error(target, dictionary, pursue(target, dictionary, nonzeros))
+        <= (1 + 1e-6) * reference + 1e-9
+    )
+
+
 @pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("nonzeros", [8, 40])
 def test_memory_sets_the_batches_and_not_the_result(coder, nonzeros):
@@ -166,11 +193,11 @@ def test_a_gram_of_rank_one(coder):
     assert torch.allclose(codes.dense(50) @ atoms, one.dense(50) @ atoms, atol=1e-6)
 
 
-def test_pursue_is_as_good_as_matching_pursuit_on_coherent_atoms():
-    target = random(100, 12, seed=1) @ random(12, 96, seed=2) + 0.3 * random(100, 96, seed=3)
-    atoms = target[:80]
-    reference = squared_error(target, atoms, omp(target, atoms, 40))
-    assert squared_error(target, atoms, pursue(target, atoms, 40)) <= 1.01 * reference
+def test_pursue_is_as_good_as_matching_pursuit_on_learned_atoms():
+    target = random(200, 100, seed=1) * torch.logspace(0, -1, 100, dtype=torch.float64)
+    atoms = fit(target, 90, 45, sweeps=5).dictionary
+    reference = squared_error(target, atoms, omp(target, atoms, 45))
+    assert squared_error(target, atoms, pursue(target, atoms, 45)) <= 1.02 * reference  # 1 % of the error
 
 
 @settings(max_examples=30, deadline=None)

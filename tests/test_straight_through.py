@@ -112,6 +112,28 @@ def test_a_master_is_its_structure(orient: str) -> None:
     assert again.dictionary is held.dictionary and twin.moved() == 0
 
 
+@pytest.mark.parametrize("orient", ["in", "out"])
+def test_unused_codes_start_at_their_correlation_with_the_residual(orient: str) -> None:
+    held = code(orient=orient)
+    residual = 0.3 * torch.randn(held.shape)
+    weight = held.to_dense().detach() + residual
+    twin = CodeMaster.of(held, weight)
+    assert torch.equal(twin.mask, twin.first) and torch.equal(twin.export().values, held.values)
+    torch.testing.assert_close(twin.to_dense(), held.to_dense())
+    model = nn.ModuleDict({"a": nn.Linear(*held.shape[::-1])})
+    model["a"] = rankfold.Layer(model["a"]).wrap(held)
+    StraightThrough(freeze=0).start_(model, weights={"a": weight})
+    scaled = master(model)  # unit atoms
+    before = scaled.mask.clone()
+    scaled.select_(2)
+    assert torch.equal(scaled.mask, before)
+    parts = (residual if orient == "in" else residual.mT).unflatten(1, (2, 4))
+    near = torch.einsum("rbw,baw->rba", parts, scaled.dictionary.detach())
+    least = scaled.codes.detach().abs().masked_fill(~before, torch.inf).amin(-1, keepdim=True)
+    expected = near.clamp(-least, least)[~before]
+    torch.testing.assert_close(scaled.codes.detach()[~before], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_ties_and_zero_rows_keep_exactly_s() -> None:
     held = CodeMaster.of(code(nonzeros=3))
     with torch.no_grad():

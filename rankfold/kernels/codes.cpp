@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int MAX_ROWS = 4, MAX_TOKENS = 4;
-constexpr size_t AHEAD = 16384;  // bytes to fetch before they are needed
+constexpr size_t AHEAD = 16384;  // bytes to fetch, into the second cache, before they are needed
 
 // Rows of values and of a dictionary. Vector loads run past the end of a row, so the last ones are read from a copy.
 template <class T> struct Rows {
@@ -91,7 +91,7 @@ template <class T> struct CodeTile {
         const uint32_t* m[MAX_ROWS];
         int64_t ahead;  // what the next tile reads here: a row is too short for the processor to foresee it
         void operator()(int r, int64_t s, V* out) {
-            __builtin_prefetch(p[r] + ahead);
+            __builtin_prefetch(p[r] + ahead, 0, 2);
             expand32(m[r][s], p[r], out);
         }
     } next;
@@ -123,7 +123,7 @@ template <class T> struct AtomTile {
         int64_t ahead;
         void operator()(int r, int64_t s, V* out) {
             for (size_t at = 0; at < STEP * sizeof(T); at += 64)
-                __builtin_prefetch((const char*)(p[r] + s * STEP + ahead) + at);
+                __builtin_prefetch((const char*)(p[r] + s * STEP + ahead) + at, 0, 2);
             load32(p[r] + s * STEP, out);
         }
     } next;
