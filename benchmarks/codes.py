@@ -10,7 +10,8 @@ the bits of a value, nonzeros = atoms / 2. Beside it, in the same run, in turns,
     same bytes  torch, a dense layer with keep·out outputs: what a product bound by memory could reach
     low rank    torch, two factors of keep·out·in / (out + in) columns
 
-Every way has several copies of its layer, more than a cache holds together, as a model's layers have.
+Every way has several copies of its layer, more than a cache holds, as a model's layers are. With one thread
+the clock is that thread's own, which stands still while other programs have the processor.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def codes_of(out: int, inner: int, keep: float, dtype: torch.dtype) -> tuple[Tensor, Codes]:
     """A random dictionary (1, atoms, in) and codes of the bytes that `keep` allows."""
     atoms = int(keep * out * inner / (inner + out / 2 + out / (8 * dtype.itemsize)))
-    index = torch.rand(out, atoms).argsort(1)[:, : atoms // 2].sort(1).values
+    some = torch.rand(64, atoms).argsort(1)[:, : atoms // 2].sort(1).values
+    index = some[torch.randint(64, (out,))]  # which places are taken does not change the work
     codes = Codes(
         rows=out,
         blocks=1,
@@ -86,6 +88,7 @@ def measured(out: int, inner: int, keep: float, dtype: torch.dtype, chosen: Any)
     copies = max(2, CACHE // int(out * inner * dtype.itemsize * keep))
     here, rows = ways(out, inner, keep, dtype, copies), []
     _, codes = codes_of(out, inner, keep, dtype)
+    clock = time.thread_time if chosen.threads == 1 else time.perf_counter
     stored = codes.columns * inner * dtype.itemsize + codes.values.numel() * dtype.itemsize
     stored += support_bytes("mask", out, codes.columns, codes.count)
     for tokens in chosen.tokens:
@@ -94,10 +97,10 @@ def measured(out: int, inner: int, keep: float, dtype: torch.dtype, chosen: Any)
         for turn in range(-1, rounds * copies):  # the first is the warm-up
             x = torch.randn(tokens, inner, dtype=dtype)
             for name, way in here.items():
-                start = time.perf_counter()
+                start = clock()
                 way(x, turn % copies)
                 if turn >= 0:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(clock() - start)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         rows.append(
             {

@@ -205,9 +205,14 @@ class Stack:
         return total - (len(self.layers) - 1) * once
 
     def costs(self, method: Method, unit: str) -> list[int]:
-        """What each size of the menu costs, dense last: known before any data is seen."""
+        """What each size of the menu costs, dense last: known before any data is seen. Raises ValueError
+        naming the layers where the method cannot take their shape."""
         dtype = next(iter(self.layers.values())).tensor.dtype
-        sizes = [self.cost(method.empty(self.shape, size, dtype), unit) for size in method.menu(self.shape)]
+        try:
+            menu = method.menu(self.shape)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from error
+        sizes = [self.cost(method.empty(self.shape, size, dtype), unit) for size in menu]
         return [*sizes, self.dense(unit)]
 
     def priced(self, curve: Curve, method: Method, unit: str) -> Curve:

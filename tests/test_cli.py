@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 from words import prose
 
+from rankfold import recipes
 from rankfold.cli import app
 
 
@@ -205,12 +206,13 @@ def test_report_prints_diffs_and_writes_the_page(
 
 def test_recipes_lists_every_recipe(home: Path) -> None:
     names = {"svd", "fwsvd", "asvd", "svd_llm", "basis_sharing", "kfac", "weighted", "best"}
-    assert names <= set(json.loads(run("recipes", "--json").stdout))
+    names |= {"cospadi", "cospadi_grouped", "rocket", "compot", "codes", "dsformer"}
+    assert names == set(json.loads(run("recipes", "--json").stdout))
     assert all(name in run("recipes").stdout for name in names)
 
 
 def test_every_recipe_runs_from_the_command_line(home: Path) -> None:
-    for recipe in ("svd", "fwsvd", "asvd", "svd_llm", "basis_sharing", "kfac", "weighted", "best"):
+    for recipe in recipes.available():
         result = compress(home, home / f"r-{recipe}", "--recipe", recipe, "--no-evaluate")
         assert result.exit_code == 0, (recipe, result.output)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfold import dictionary
+from rankfold import dictionary, factorize_, recipes
 from rankfold.methods import SVD, Dictionary
 from rankfold.methods.dictionary import least_squares
 from rankfold.metric import Metric
@@ -113,6 +113,22 @@ def test_blocks_must_divide() -> None:
         Dictionary(width=64).menu((128, 100))
     with pytest.raises(ValueError, match="the 100 output features"):
         Dictionary(width=64, orient="out").menu((100, 128))
+
+
+def test_the_layer_that_does_not_divide_is_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(100, 64))
+    with pytest.raises(ValueError, match=r"layer '1': Dictionary\(width=64\) does not divide the 100"):
+        factorize_(model, recipes.dsformer, budget=0.5)
+    report = factorize_(model, recipes.dsformer, budget=0.5, skip=["1"])
+    assert [row.structure for row in report.layers] == ["sparse_code"]
+
+
+def test_what_cannot_be_smaller_stays_dense() -> None:
+    """Codes of a matrix of few rows cost more than it does: no atoms are worth their bytes."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+    report = factorize_(model, recipes.cospadi, budget=0.7, batches=[torch.randn(80, 64)])
+    assert [row.structure for row in report.layers] == ["sparse_code", "dense"]
+    assert "no size of the method is smaller" in report.layers[1].note
 
 
 @pytest.mark.parametrize("size", [[4, 5], [0, 0], [4, 0], [40, 4]])

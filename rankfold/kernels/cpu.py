@@ -28,8 +28,9 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("codes.cpp")
 COMMON = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w")
 # The best first: a compiler that knows no OpenMP, or no name for this processor, still makes a kernel.
-FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",))
+FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 SECONDS = 120  # a compiler that takes longer is stopped
+SLOW = "not done"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 SERIAL = 1 << 16  # multiply-adds that one thread does faster than several
 
@@ -176,6 +177,8 @@ def _find() -> tuple[ctypes.CDLL | None, str | None]:
             found = _open(_keep(built, kept)) if worked else None
             if found is not None:
                 return found, None
+            if said.startswith(SLOW):
+                return None, f"{command[0]} was {said}"
             reason = f"{command[0]} failed: {said.strip().splitlines()[-1] if said.strip() else 'in silence'}"
     return None, reason if not worked else "what was compiled does not load, or is wrong"
 
@@ -188,7 +191,7 @@ def _run(command: list[str], folder: Path) -> tuple[bool, str]:
                 command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd=folder, timeout=SECONDS
             ).returncode
         except subprocess.TimeoutExpired:
-            return False, f"not done after {SECONDS} s"
+            return False, f"{SLOW} after {SECONDS} s"
         said.seek(0)
         return status == 0, said.read().decode(errors="replace")
 

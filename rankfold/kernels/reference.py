@@ -46,10 +46,15 @@ def _taken(support: Tensor, layout: Sequence[int], piece: slice) -> Tensor:
     shifts = torch.arange(8, device=support.device)
     spread = (torch.arange(256, device=support.device)[:, None] >> shifts & 1).to(torch.uint8)
     words = spread.view(torch.int64).view(-1)  # the eight bits of a byte as eight bytes: one look-up each
-    taken = words.index_select(0, part.int()).view(torch.bool)[: rows * columns]
-    if bool((taken.view(rows, columns).sum(1) != blocks * nonzeros).any()):
+    bits = words.index_select(0, part.int()).view(torch.bool)
+    taken, found = bits[: rows * columns], bits[: rows * columns].view(-1, atoms).sum(1)
+    if bool(bits[rows * columns :].any()):
+        raise ValueError("the mask's last byte is padded with ones: the file is damaged")
+    if bool((found != nonzeros).any()):
+        at = int((found != nonzeros).nonzero()[0])
         raise ValueError(
-            f"a row of the mask does not take {blocks * nonzeros} of {columns} places: the file is damaged"
+            f"row {piece.start + at // blocks} of the mask takes {int(found[at])} places of a block, "
+            f"its size says {nonzeros}: the file is damaged"
         )
     if taken.device.type == "cpu":  # many times faster than torch's nonzero
         return torch.from_numpy(np.flatnonzero(taken.numpy()))

@@ -5,8 +5,8 @@
     index    a tile of rows by entries: places are cut out of the bit stream, inputs come from the cache
 
 Bits, not int32 places: decode is bound by bytes, and an int32 place takes as many as one or two values do.
-Tested against the naive twin in Triton's interpreter, and it compiles for sm_90; not measured on a GPU. Cᵀ x is
-summed with atomic additions, so its last bits differ from run to run.
+Tested against the naive twin in Triton's interpreter, and it compiles for sm_90; not measured on a GPU. Cᵀ x
+is summed with atomic additions, so its last bits differ from run to run.
 """
 
 from __future__ import annotations
