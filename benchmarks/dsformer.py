@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,6 @@ from rankfold import checkpoint
 from rankfold.factorize import factorize_
 from rankfold.layers import replace_, select
 from rankfold.manifest import stamp_
-from rankfold.methods import Dictionary
 from rankfold.metric import Metric
 from rankfold.recipes import dsformer
 from rankfold.straight_through import StraightThrough
@@ -57,12 +56,14 @@ def regime_of(arm: str) -> StraightThrough | None:
     return {
         "stf": lambda: StraightThrough(),
         "frozen": lambda: StraightThrough(freeze=1.0),
-        "stf_fast": lambda: StraightThrough(),
-        "frozen_fast": lambda: StraightThrough(freeze=1.0),
-        "stf_zero": lambda: StraightThrough(),  # unused codes start at zero
-        "stf_decay": lambda: StraightThrough(decay=2e-4),
+        # For the explanation. The second word of a name: what differs from the first.
         "stf_ramp": lambda: StraightThrough(ramp=0.5),
+        "stf_decay": lambda: StraightThrough(decay=1e-2),
+        "stf_zero": lambda: StraightThrough(),  # unused codes start at zero
+        "stf_fast": lambda: StraightThrough(),  # ten times the rate for codes
         "stf_weight": lambda: StraightThrough(dsformer.method, reading="weight", refit=4),
+        "stf_fisher": lambda: StraightThrough(),  # codes found in FWSVD's metric
+        "frozen_fisher": lambda: StraightThrough(freeze=1.0),
     }.get(arm, lambda: None)()
 
 
@@ -78,16 +79,16 @@ def fast(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 class Ablation(Study):
     """One seed of FWSVD's study, with other arms."""
 
-    def start(self, size: tuple[int, int]) -> Any:
+    def start(self, size: tuple[int, int], metrics: Mapping[str, Metric] | None = None) -> Any:
         """A fresh copy of the tuned model with sparse codes of one size everywhere, atoms of unit norm."""
         from transformers import AutoModelForSequenceClassification
 
-        folder = self.out / f"codes-{self.seed}-{size[0]}-{size[1]}"
+        folder = self.out / f"codes{'-fisher' if metrics else ''}-{self.seed}-{size[0]}-{size[1]}"
         if not (folder / "config.json").is_file():
             model, method = self.model(), dsformer.method
-            assert isinstance(method, Dictionary)
             for name, layer in select(model, TARGETS).items():
-                replace_(model, name, layer.wrap(method.fit(layer.matrix(), Metric(), list(size))))
+                metric = metrics[name] if metrics else Metric()
+                replace_(model, name, layer.wrap(method.fit(layer.matrix(), metric, list(size))))
             stamp_(model, dsformer.to_json())
             regime = StraightThrough(freeze=0.0)
             regime.start_(model)  # scales the atoms: all arms with codes start from one parametrisation
@@ -98,7 +99,7 @@ class Ablation(Study):
     def arm(self, name: str, size: tuple[int, int], tuning: Tuning) -> dict[str, Any]:
         started, dense = time.perf_counter(), self.model()
         before = {n: layer.matrix().clone() for n, layer in select(dense, TARGETS).items()}
-        coded = self.start(size)
+        coded = self.start(size, self.calibrated("fwsvd") if name.endswith("_fisher") else None)
         budget = on_disk(coded)["bytes"] / sum(4 * w.numel() for w in before.values())
         regime, model = regime_of(name), coded
         if name in ("svd", "fwsvd"):

@@ -78,7 +78,7 @@ def coding(target: Tensor, dictionary: Tensor, nonzeros: int, repeats: int) -> d
 
 
 def solved(target: Tensor, atoms: int, nonzeros: int, names: list[str]) -> dict[str, Any]:
-    """{"seconds" | "error": {solver: ...}}, each run once: a solver is its own average."""
+    """{"seconds" | "error": {solver: ...}}, each run once."""
     norm = float(target.double().norm())
     runs = {name: lambda name=name: fit(target, atoms, nonzeros, **SOLVERS[name]) for name in names}
     seconds, found = timed(runs, 1)

@@ -14,7 +14,7 @@
     compot     E[x xᵀ]                      uniform      orthonormal dictionary
     codes      E‖g‖² · E[x xᵀ]              lagrangian   cospadi in the unit of the loss
     dsformer   none                         uniform      arXiv 2312.13211, blocks of 64; before tuning
-    best       what we recommend            -            today kfac: the best of these in docs/benchmarks.md
+    best       what we recommend            -            today codes: the best of these in docs/benchmarks.md
 
 A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md).
 Third parties add recipes through the entry-point group `rankfold.recipes`.
@@ -135,7 +135,7 @@ dsformer = Recipe(
     "arXiv 2312.13211",
     "sparse codes in blocks of 64, the start of straight-through tuning",
 )
-best = replace(kfac, name="best", summary="what we recommend today: kfac (docs/benchmarks.md)")
+best = replace(codes, name="best", summary="what we recommend today: codes (docs/benchmarks.md)")
 
 
 def available() -> dict[str, Recipe]:

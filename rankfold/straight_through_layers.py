@@ -25,14 +25,21 @@ def masters_of(model: nn.Module, reading: str, dense: Mapping[str, Tensor]) -> d
     """The master of every host's structure: {layer: master}. Layers that share a structure share the
     master. `dense` gives by layer the weight (out, in) that the structure stands for, where it is known.
 
-    Raises ValueError where there is no host, and for a layer that cannot train so.
+    Raises ValueError where there is no host, for a layer that cannot train so, and for a weight that is not
+    finite or of another shape.
     """
     made: dict[int, Master] = {}
     masters: dict[str, Master] = {}
     for name, host in hosts(model).items():
         held = host.weight
+        weight = dense.get(name)
+        if weight is not None and (tuple(weight.shape) != held.shape or not bool(weight.isfinite().all())):
+            raise ValueError(
+                f"layer {name!r}: the dense weight must be finite and of shape {held.shape}; got "
+                f"{tuple(weight.shape)}"
+            )
         if id(held) not in made:
-            made[id(held)] = master_of(name, held, reading, dense.get(name))
+            made[id(held)] = master_of(name, held, reading, weight)
         masters[name] = made[id(held)]
     if not masters:
         raise ValueError(

@@ -260,6 +260,9 @@ def test_layers_that_cannot_train_so() -> None:
     with pytest.raises(ValueError, match=r"layer '0'.*not among the sizes"):
         StraightThrough(Dictionary(width=8), reading="weight").start_(model)
     assert isinstance(master(model), rankfold.LowRank)
+    for bad in (torch.zeros(8, 12), torch.full((12, 8), math.nan)):
+        with pytest.raises(ValueError, match=r"layer '0': the dense weight must be finite.*\(12, 8\)"):
+            StraightThrough().start_(coded(), weights={"0": bad})
     packed = coded()
     packed[0].weight = packed[0].weight.with_storage("int8")
     with pytest.raises(ValueError, match=r"layer '0' stores its values as 'int8'.*storage='float'"):
