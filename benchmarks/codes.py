@@ -93,7 +93,7 @@ def measured(out: int, inner: int, keep: float, dtype: torch.dtype, chosen: Any)
     stored += support_bytes("mask", out, codes.columns, codes.count)
     for tokens in chosen.tokens:
         seconds: dict[str, list[float]] = {name: [] for name in here}
-        rounds = max(1, (chosen.repeats if tokens < 64 else min(chosen.repeats, 6)) // copies)
+        rounds = max(1, (chosen.repeats if tokens < 64 else min(chosen.repeats, 4)) // copies)
         for turn in range(-1, rounds * copies):  # the first is the warm-up
             x = torch.randn(tokens, inner, dtype=dtype)
             for name, way in here.items():
@@ -126,7 +126,7 @@ def main() -> None:
         repeats={
             "type": int,
             "default": 40,
-            "help": "timed runs of each way (default 40; 6 from 64 tokens on)",
+            "help": "timed runs of each way (default 40; 4 from 64 tokens on)",
         },
         dtypes={"nargs": "+", "choices": DTYPES, "default": list(DTYPES), "help": "default: both"},
         shapes={

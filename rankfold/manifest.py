@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import rankfold.masters
 import rankfold.sparse_code
 import rankfold.structures  # noqa: F401  the kinds that a manifest may name
 from rankfold.hosts import hosts

@@ -235,7 +235,7 @@ def test_a_plain_module_in_training_is_not_saved(tmp_path: Path) -> None:
         ({"decay": -1}, "decay=-1"),
         ({"decay": float("inf")}, "decay=inf"),
         ({"refit": 0}, "refit=0"),
-        ({"reading": "weight"}, "needs the method"),
+        ({"reading": "weight"}, "needs a method"),
         ({"reading": "weight", "method": SVD(), "ramp": 0.1}, "a ramp is for the coefficient reading"),
     ],
 )

@@ -132,7 +132,7 @@ def convert(
         packing == "index",
         *layout,
         back,
-        torch.get_num_threads(),
+        1 if dense.numel() < SERIAL else torch.get_num_threads(),
     )
     if damaged:
         raise _damage(damaged - 1, layout)
