@@ -118,7 +118,7 @@ class Ablation(Study):
             callback = StraightThroughCallback(regime)
             trainer.add_callback(callback)
         row["train_loss"] = trainer.train().training_loss
-        if regime is not None:
+        if regime is not None and regime.reading == "coefficient":
             row["moved"] = statistics.mean(callback.moved.values())
         row |= {f"{key}_tuned": value for key, value in self.tested(model).items()}
         return row | on_disk(model) | {"seconds": round(time.perf_counter() - started, 1)}
@@ -197,7 +197,7 @@ def choose(out: Path) -> None:
     study = Ablation(out / "choose", 0, replace(Setting(), train=1600, test=400))
     study.out.mkdir(parents=True, exist_ok=True)
     for rate in (1e-3, 3e-4):
-        study.run_arms(("frozen", "stf", "svd"), SIZES[0], Tuning(rate))
+        study.run_arms(("frozen", "stf", "svd"), SIZES[0], Tuning(rate, 2))
     for row in rows_of(study.out):
         print(
             f"{row['rate']:g} {row['epochs']} {row['arm']:8} loss {row['loss_tuned']:.3f} "

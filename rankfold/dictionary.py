@@ -145,13 +145,16 @@ def _begin(target: Tensor, atoms: int, nonzeros: int, start: str, seed: int, war
     if warm is not None:
         dictionary, codes = resized(target, warm.dictionary, warm.codes, atoms)
         found = pursue(target, dictionary, nonzeros, start=largest(codes, nonzeros))
-    elif start == "eigen" and atoms <= full:
-        dictionary = eigenvectors(target, atoms)
-        found = largest(target @ dictionary.mT, nonzeros)
+    elif start == "eigen":
+        # Atoms beyond the directions of Y begin as rows that nobody uses yet: pursuit among so many coherent
+        # atoms would take ten times as long, and end no better.
+        dictionary = eigenvectors(target, min(atoms, full))
+        found = largest(target @ dictionary.mT, min(nonzeros, full))
+        if atoms > full:
+            rows = sampled_rows(target, atoms, seed)[..., full:, :]
+            dictionary = torch.cat([dictionary, rows], dim=-2)
     else:
         dictionary = sampled_rows(target, atoms, seed)
-        if start == "eigen":
-            dictionary = torch.cat([eigenvectors(target, full), dictionary[..., full:, :]], dim=-2)
         found = pursue(target, dictionary, nonzeros)
     codes = found.dense(atoms)
     return State(dictionary, codes, target - codes @ dictionary)

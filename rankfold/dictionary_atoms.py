@@ -16,6 +16,7 @@ from torch import Tensor
 from rankfold.metric import symmetric_eigen
 from rankfold.pursuit import Codes
 
+FULL_RANK = 1e-10  # smallest eigenvalue of M Mᵀ, relative to the largest, that is not rounding
 RIDGE = 1e-6  # of an atom's own code energy, towards the dictionary as it was
 
 
@@ -168,7 +169,13 @@ def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def procrustes(target: Tensor, codes: Tensor) -> Tensor:
-    """The D (..., atoms, in) with orthonormal rows that minimises ‖Y − S D‖: U Vᵀ of SᵀY = U Σ Vᵀ, atoms <=
-    in."""
-    left, _, right = torch.linalg.svd((codes.mT @ target).double(), full_matrices=False)
+    """The D (..., atoms, in) with orthonormal rows that minimises ‖Y − S D‖: U Vᵀ of M = SᵀY = U Σ Vᵀ,
+    atoms <= in. It is (M Mᵀ)^-½ M, which costs a fraction of the decomposition, where M has full rank; one
+    Newton-Schulz step takes away what squaring M has cost."""
+    product = (codes.mT @ target).double()
+    values, vectors = symmetric_eigen(product @ product.mT)
+    if bool((values[..., 0] > FULL_RANK * values[..., -1]).all()):
+        found = ((vectors * values.rsqrt()[..., None, :]) @ (vectors.mT @ product)).to(target.dtype)
+        return 1.5 * found - 0.5 * (found @ found.mT) @ found
+    left, _, right = torch.linalg.svd(product, full_matrices=False)
     return (left @ right).to(target.dtype)

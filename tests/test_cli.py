@@ -90,7 +90,7 @@ def test_metrics_are_kept_reused_and_refused_when_stale(home: Path) -> None:
     assert (home / "a" / "model.safetensors").read_bytes() == (home / "b" / "model.safetensors").read_bytes()
     stale = compress(home, home / "c", "--recipe", "best", "--metrics", kept, "--seed", 1, "--no-evaluate")
     assert stale.exit_code == 2 and "calibrated with another" in stale.stderr
-    other = compress(home, home / "c", "--recipe", "weighted", "--metrics", kept, "--no-evaluate")
+    other = compress(home, home / "c", "--recipe", "svd_llm", "--metrics", kept, "--no-evaluate")
     assert other.exit_code == 2 and "another metric" in other.stderr
 
 
@@ -226,9 +226,9 @@ def test_codes_are_kept_packed_and_their_product_is_disclosed(home: Path) -> Non
     assert any("512 tokens at a time: codes rebuilt as a dense matrix" in said for said in report["warnings"])
     made = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert made
-    assert compress(home, home / "again", *options, "--keep", kept, "--no-evaluate").exit_code == 0
+    assert compress(home, home / "coded-again", *options, "--keep", kept, "--no-evaluate").exit_code == 0
     assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == made
-    one, two = (home / name / "model.safetensors" for name in ("coded", "again"))
+    one, two = (home / name / "model.safetensors" for name in ("coded", "coded-again"))
     assert one.read_bytes() == two.read_bytes()
 
 
