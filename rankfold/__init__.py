@@ -39,6 +39,7 @@ _HOME = {
     "Groups": "groups",
     "Recipe": "recipe",
     "store_values_": "storage",
+    "StraightThrough": "straight_through",
     "calibrate": "factorize",
     "factorize_": "factorize",
     "Report": "report",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from rankfold.report import Report
     from rankfold.sparse_code import SparseCode
     from rankfold.storage import store_values_
+    from rankfold.straight_through import StraightThrough
     from rankfold.structure import Structure, build
     from rankfold.structures import Dense, LowRank, Sum
 
@@ -86,6 +88,7 @@ __all__ = [
     "Recipe",
     "Report",
     "SparseCode",
+    "StraightThrough",
     "Structure",
     "Sum",
     "allocate",
