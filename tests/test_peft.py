@@ -145,3 +145,24 @@ def test_int8_factors(folder: Path) -> None:
     assert type(left.data).__name__ == "Int8Tensor" or "Quantized" in type(left.data).__name__
     found = logits(model)
     assert 0 < (found - expected).norm() / expected.norm() < 0.03
+
+
+def test_lora_on_the_dictionaries_of_sparse_codes(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_llama()
+    rankfold.factorize_(model, rankfold.recipes.rocket, budget=0.7, batches=IDS + 4)
+    before = logits(model)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["weight.dictionary"])
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    assert torch.equal(logits(adapted), before)
+    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * len(hosts.hosts(model))
+    train(adapted)
+    after = logits(adapted)
+    assert not torch.allclose(after, before)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), after)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), after, rtol=1e-3, atol=1e-4)
+    rankfold.save(merged, tmp_path / "merged")
+    rankfold.verify(merged, tmp_path / "merged", IDS)
