@@ -37,7 +37,7 @@ from rankfold.manifest import stamp_
 from rankfold.metric import Metric
 from rankfold.recipes import dsformer
 from rankfold.straight_through import StraightThrough
-from rankfold.trainer_callback import StraightThroughCallback
+from rankfold.trainer_callback import RegimeCallback
 
 SIZES = ((32, 8), (64, 16))  # atoms, nonzeros: the paper's operating points
 CLAIM = ("stf", "frozen", "fwsvd", "svd")
@@ -115,11 +115,11 @@ class Ablation(Study):
             regime.start_(model, weights={} if name == "stf_zero" else before)
             if name.endswith("_fast"):
                 trainer.optimizer = fast(model, tuning.rate)
-            callback = StraightThroughCallback(regime)
+            callback = RegimeCallback(regime)
             trainer.add_callback(callback)
         row["train_loss"] = trainer.train().training_loss
         if regime is not None and regime.reading == "coefficient":
-            row["moved"] = statistics.mean(callback.moved.values())
+            row["moved"] = statistics.mean(callback.facts.values())
         row |= {f"{key}_tuned": value for key, value in self.tested(model).items()}
         return row | on_disk(model) | {"seconds": round(time.perf_counter() - started, 1)}
 

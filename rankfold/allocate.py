@@ -58,6 +58,17 @@ def uniform(curves: Mapping[str, Curve], budget: int) -> Allocation:
     return _result(curves, menus, rise(menus, budget, fraction), budget)
 
 
+def fixed(curves: Mapping[str, Curve], budget: int) -> Allocation:
+    """Every layer at the first size of its menu, dense where it has none: for a method that names one size.
+
+    The errors are ignored. Raises ValueError where that costs more than the budget.
+    """
+    cost = sum(curve.costs[0] for curve in curves.values())
+    if cost > budget:
+        raise ValueError(f"the sizes that the method names cost {cost}, the budget is {budget}; raise it")
+    return Allocation(dict.fromkeys(curves, 0), cost, budget, 0.0)
+
+
 def energy(curves: Mapping[str, Curve], budget: int) -> Allocation:
     """Lose the same share of every layer's energy.
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rankfold.atomic import writing_file
 from rankfold.metric import Metric
 
 FORMAT = 1
@@ -40,15 +41,8 @@ def save_metrics(metrics: Mapping[str, Metric], path: str | os.PathLike[str], ke
             row.append(names[id(side)])
         index[layer] = row
     body = {"format": FORMAT, "key": dict(key), "layers": index}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with writing_file(path) as beside:
         save_file(tensors, beside, metadata={"rankfold": json.dumps(body)})
-        with open(beside, "rb") as handle:
-            os.fsync(handle.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 

@@ -3,7 +3,7 @@
 A transformers model becomes an ordinary folder of its own `save_pretrained`: safetensors, and config.json
 with the manifest (see `rankfold.manifest`) as `quantization_config`. Any other `nn.Module` becomes
 `rankfold.json` (the manifest) beside one `model.safetensors`. A folder is written whole or not at all
-(`rankfold.checkpoint_folder`): an interrupt or a full disk leaves the old one as it was. Nothing is pickled.
+(`rankfold.atomic`): an interrupt or a full disk leaves the old one as it was. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rankfold.atomic import check_folder, writing, writing_file
 from rankfold.card import card
-from rankfold.checkpoint_folder import check_folder, sync, writing
 from rankfold.hosts import hosts
 from rankfold.layers import replace_
-from rankfold.manifest import check_manifest, manifest, rebuild_, stamp_, unstamp_, validate
+from rankfold.manifest import check_manifest, manifest, rebuild_, recipe_of, stamp_, unstamp_, validate
 from rankfold.report import Report
 
 MANIFEST, WEIGHTS = "rankfold.json", "model.safetensors"
@@ -64,7 +64,7 @@ def save(
         )
     with writing(folder) as beside:
         if hasattr(model, "save_pretrained"):
-            recipe = report.recipe if report else _recipe(model)
+            recipe = report.recipe if report else recipe_of(model)
             if hosts(model):
                 stamp_(model, recipe)
             model.save_pretrained(beside, max_shard_size=max_shard_size)  # type: ignore[operator]
@@ -86,10 +86,8 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     report.save(folder)
     for name, text in ((PAGE, report.to_html()), (CARD, card(report, loader=_loader(folder)))):
-        beside = folder / f".{name}.partial"
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)
-        beside.replace(folder / name)
+        with writing_file(folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 
 def _loader(folder: Path) -> str:
@@ -245,11 +243,6 @@ def verify(
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _recipe(model: nn.Module) -> Mapping[str, Any] | None:
-    held = getattr(getattr(model, "config", None), "quantization_config", None)
-    return held.get("recipe") if isinstance(held, Mapping) else getattr(held, "recipe", None)
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

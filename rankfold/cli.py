@@ -171,11 +171,15 @@ def report(
 ) -> None:
     """Print the report of OUT, layer by layer; with two, what differs."""
     with _session(json_):
+        from pathlib import Path
+
+        from rankfold.atomic import writing_file
         from rankfold.report import Report
 
         first = Report.load(out)
         if html:
-            _write(html, first.to_html())
+            with writing_file(Path(html)) as beside:
+                beside.write_text(first.to_html(), encoding="utf-8")
             console.print(f"Wrote {html}")
         if other is not None:
             second = Report.load(other)
@@ -260,15 +264,6 @@ def _print_json(body: Any) -> None:
     from rankfold.report import encode
 
     sys.stdout.write(json.dumps(encode(body, "result"), indent=2, allow_nan=False) + "\n")
-
-
-def _write(path: str, text: str) -> None:
-    beside = f"{path}.partial"
-    with open(beside, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

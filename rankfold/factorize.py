@@ -18,7 +18,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rankfold.allocate import uniform
 from rankfold.batches import Batch
 from rankfold.fits import Fits
 from rankfold.groups import Stack, stacks
@@ -27,6 +26,7 @@ from rankfold.manifest import stamp_
 from rankfold.method import Curve, DecompositionError
 from rankfold.metric import Metric
 from rankfold.metrics import Progress
+from rankfold.optimizers import check_unheld
 from rankfold.outcome import fit, report_of
 from rankfold.recipe import Recipe
 from rankfold.report import LayerRow, Report
@@ -68,6 +68,9 @@ def factorize_(
     items = stacks(recipe.groups, layers, ties)
     limit = check_budget(recipe, items, budget, unit)
     check_weights(model)
+    if recipe.method.fresh:
+        check_untrained(model, recipe, layers)
+        check_unheld({name: layer.tensor for name, layer in layers.items()}, "factorize_")
     seconds = {}
     with _timed(seconds, "calibrate"):
         if metrics is None:
@@ -88,7 +91,7 @@ def factorize_(
         for done, (name, item) in enumerate(items.items()):
             _tell(progress, "factorize", done, len(items))
             size = curves[name].sizes[chosen.index[name]]
-            parts, facts = fit(recipe.method, item, metrics, size, curves[name], kept)
+            parts, facts = fit(recipe.method.at(name, seed), item, metrics, size, curves[name], kept)
             fitted |= parts
             rows += facts
         _tell(progress, "factorize", len(items), len(items))
@@ -157,6 +160,18 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def check_untrained(model: nn.Module, recipe: Recipe, layers: Mapping[str, Layer]) -> None:
+    """Raise ValueError where a recipe that starts anew would throw away weights that transformers loaded."""
+    loaded = [name for name, layer in layers.items() if getattr(layer.tensor, "_is_hf_initialized", False)]
+    if loaded:
+        raise ValueError(
+            f"recipe {recipe.name!r} starts from random numbers and would discard the weights that "
+            f"{getattr(model, 'name_or_path', '')!r} was loaded with ({loaded[0]!r}, …). To train from "
+            "scratch, build the model from its config (AutoModelForCausalLM.from_config); to keep what it "
+            "knows, use a recipe that compresses, such as 'kfac'"
+        )
+
+
 def tied(model: nn.Module, layers: Mapping[str, Layer]) -> dict[int, list[str]]:
     """Names of the layers that share one parameter, embeddings first: the last of each group is fitted, for
     all of them.
@@ -184,9 +199,10 @@ def curve_of(recipe: Recipe, item: Stack, metrics: Mapping[str, Metric], unit: s
     metric = item.metric(metrics)
     if metric is None:
         return Curve((None,), (item.dense(unit),), (0.0,))
-    method, read = recipe.method, recipe.allocate is not uniform
+    method = recipe.method
     try:
-        return item.priced(method.curve(item.matrix(), metric, unit, errors=read), method, unit)
+        curve = method.curve(item.matrix(), metric, unit, errors=recipe.reads_errors)
+        return item.priced(curve, method, unit)
     except (ValueError, DecompositionError) as error:
         raise type(error)(f"{item}: {error}") from error
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rankfold.atomic import writing_file
 from rankfold.method import Method
 from rankfold.metric import Metric
 from rankfold.structure import Structure, build
@@ -41,18 +40,9 @@ class Fits:
         if known is not None:
             return known
         structure = method.fit(weight, metric, size)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-        os.close(handle)
-        try:
-            state = {name: t.detach().cpu().contiguous() for name, t in structure.state_dict().items()}
+        state = {name: t.detach().cpu().contiguous() for name, t in structure.state_dict().items()}
+        with writing_file(file) as beside:
             save_file(state, beside, metadata={"spec": json.dumps(structure.spec())})
-            with open(beside, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(beside, file)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
         return structure
 
 

@@ -227,6 +227,12 @@ def stamp_(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> None:
         retie_(model)
 
 
+def recipe_of(model: nn.Module) -> Mapping[str, Any] | None:
+    """The recipe that a transformers model carries, as JSON."""
+    held = getattr(getattr(model, "config", None), "quantization_config", None)
+    return held.get("recipe") if isinstance(held, Mapping) else getattr(held, "recipe", None)
+
+
 def unstamp_(model: nn.Module) -> None:
     """Make a transformers model an ordinary one again, after its last host is gone."""
     config = getattr(model, "config", None)

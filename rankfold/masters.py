@@ -10,6 +10,7 @@ that a final checkpoint needs; `finish_` (`rankfold.straight_through`) turns it 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,21 +39,21 @@ class Master(Structure):
             )
         return super().spec()
 
+    @abstractmethod
     def master(self) -> nn.Parameter:
         """The dense parameter that the gradients go straight through to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gap(self) -> Tensor:
         """The master minus what the forward pass uses of it, detached: what decay shrinks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moved(self) -> float:
         """The share of the choices that differ from those at the start."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self) -> Structure:
         """The small structure of the same function."""
-        raise NotImplementedError
 
 
 class CodeMaster(Master, kind="code_master"):

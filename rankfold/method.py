@@ -44,6 +44,7 @@ class Method(ABC):
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type[Method]]] = {}
     costly: ClassVar[bool] = False  # do errors take long? then they are not asked for where nobody reads them
+    fresh: ClassVar[bool] = False  # does `fit` ignore the weight's values, and start anew at random?
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,6 +71,11 @@ class Method(ABC):
         Raises ValueError for a size outside (0, min(out, in)] and for weights that are not finite,
         DecompositionError where every solver failed.
         """
+
+    def at(self, name: str, seed: int) -> Method:
+        """The method for one layer: a random one draws by the layer's name, so that equal layers differ, and
+        every process of a run draws the same."""
+        return self
 
     @abstractmethod
     def errors(self, weight: Tensor, metric: Metric, sizes: Sequence[Size]) -> list[float]:

@@ -60,6 +60,9 @@ def fit(
             row.error = own.error(matrix.double() - part.to_dense().double())
         energy = curve.energy if len(rows) == 1 else own.error(matrix)
         row.relative_error = math.sqrt(row.error / energy) if energy > 0 else 0.0
+        if method.fresh:
+            row.error, row.relative_error = 0.0, math.nan
+            row.note = "starts anew at random; nothing of the weight is kept"
         row.structure, row.size, row.spec = part.kind, size, part.spec()
         row.bytes_after, row.params_after, row.macs_after = part.nbytes, part.params, part.macs
         if shared:
@@ -162,7 +165,7 @@ def report_of(
             "allocator": recipe.to_json()["allocate"],
             "cost": chosen.cost,
             "budget": chosen.budget,
-            "error": chosen.error or lost,  # zero where the allocator asked for no errors
+            "error": chosen.error if recipe.reads_errors else lost,
             "bound": chosen.bound,
             "gap": chosen.gap,
         },

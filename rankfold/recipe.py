@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rankfold import allocate
@@ -37,6 +37,22 @@ class Recipe:
                 "of a group are fitted in one metric; use Activation(output='scalar'), or no groups"
             )
 
+    def __call__(self, **options: Any) -> Recipe:
+        """The recipe with other options of its method: `recipes.sltrain(rank=128, sparsity=0.03)`. Raises
+        ValueError for an option that the method does not have, or a value that it refuses."""
+        known = [f.name for f in fields(self.method)]  # type: ignore[arg-type]
+        for option in options:
+            if option not in known:
+                raise ValueError(
+                    f"recipe {self.name!r} has no option {option!r}; its method has {', '.join(known)}"
+                )
+        return replace(self, method=replace(self.method, **options))  # type: ignore[type-var]
+
+    @property
+    def reads_errors(self) -> bool:
+        """Whether the allocator looks at what a size loses: costly methods are asked for it only then."""
+        return self.allocate not in (allocate.uniform, allocate.fixed)
+
     def to_json(self) -> dict[str, Any]:
         body = {
             "name": self.name,
@@ -52,9 +68,8 @@ class Recipe:
         """The recipe that `to_json` wrote. Raises ValueError for unknown kinds, options or allocators."""
         if not isinstance(data, Mapping) or not {"name", "method", "metric", "allocate"} <= set(data):
             raise ValueError(f"a recipe in JSON has 'name', 'method', 'metric' and 'allocate'; got {data!r}")
-        allocators = {
-            f.__name__: f for f in (allocate.uniform, allocate.energy, allocate.lagrangian, allocate.knapsack)
-        }
+        rules = (allocate.uniform, allocate.fixed, allocate.energy, allocate.lagrangian, allocate.knapsack)
+        allocators = {rule.__name__: rule for rule in rules}
         if not isinstance(data["allocate"], str) or data["allocate"] not in allocators:
             raise ValueError(f"Unknown allocator {data['allocate']!r}; known: {sorted(allocators)}")
         method = from_json(Method.kinds, "method", data["method"])

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankfold.atomic import writing_file
+
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
@@ -163,12 +165,8 @@ class Report:
         file survives an interruption."""
         target = _file(path)
         text = json.dumps(self.to_json(), allow_nan=False, indent=1)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            part.write_text(text + "\n", encoding="utf-8")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        with writing_file(target) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
         return target
 
     @classmethod

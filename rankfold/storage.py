@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from rankfold.hosts import hosts
-from rankfold.manifest import stamp_
+from rankfold.manifest import recipe_of, stamp_
 from rankfold.sparse_code import STORAGES, SparseCode
 
 
@@ -30,8 +30,7 @@ def store_values_(model: nn.Module, storage: str) -> tuple[int, int]:
     new = {key: weight.with_storage(storage) for key, weight in old.items() if isinstance(weight, SparseCode)}
     for host in held.values():
         host.weight = new[id(host.weight)]
-    recipe = getattr(getattr(model, "config", None), "quantization_config", None)
-    stamp_(model, recipe.get("recipe") if isinstance(recipe, dict) else getattr(recipe, "recipe", None))
+    stamp_(model, recipe_of(model))
     return _bytes(list(old.values())), _bytes(list(new.values()))
 
 

@@ -21,20 +21,21 @@ from rankfold.allocate import uniform
 from rankfold.factorize import factorize_
 from rankfold.hosts import hosts
 from rankfold.layers import select
-from rankfold.manifest import stamp_, unstamp_
+from rankfold.manifest import recipe_of, stamp_, unstamp_
 from rankfold.masters import CodeMaster, Master, WeightMaster
 from rankfold.method import Method, Size
 from rankfold.metric import Metric
 from rankfold.metrics import Frobenius
 from rankfold.recipe import Recipe
+from rankfold.regime import Regime
 from rankfold.sparse_code import SparseCode
-from rankfold.straight_through_layers import coded_again, draft_, masters_of, recipe_of, size_of
+from rankfold.straight_through_layers import coded_again, draft_, masters_of, size_of
 from rankfold.structure import Structure
 
 READINGS = ("coefficient", "weight")
 
 
-class StraightThrough:
+class StraightThrough(Regime):
     """A regime: four verbs for the user's own training loop.
 
         regime = StraightThrough(freeze=0.15)
@@ -47,7 +48,7 @@ class StraightThrough:
             regime.after_step()
         moved = regime.finish_()                   # small structures again; {layer: share of places moved}
 
-    With the Trainer of transformers: `rankfold.trainer_callback.StraightThroughCallback`.
+    With the Trainer of transformers: `rankfold.trainer_callback.RegimeCallback`.
 
     method   fits dense layers (`start_` with a budget), and fits masters anew in the weight reading
     reading  "coefficient" or "weight" (see the top of this file)
@@ -79,6 +80,7 @@ class StraightThrough:
         ramp: float = 0.0,
         refit: int = 1,
     ) -> None:
+        super().__init__()
         if reading not in READINGS:
             raise ValueError(f"StraightThrough(reading={reading!r}): choose one of {READINGS}")
         if not isinstance(decay, int | float) or not 0 <= decay < math.inf:
@@ -97,9 +99,6 @@ class StraightThrough:
             raise ValueError("StraightThrough(reading='weight') needs a method, to fit the weights anew")
         self.method, self.reading, self.decay = method, reading, float(decay)
         self.freeze, self.ramp, self.refit = float(freeze), float(ramp), refit
-        self.steps: int | None = None
-        self.step = 0
-        self._model: nn.Module | None = None
         self._masters: dict[str, Master] = {}
         self._metrics: dict[str, Metric] = {}
         self._sizes: dict[int, Size] = {}
@@ -151,13 +150,6 @@ class StraightThrough:
         if not self.frozen:
             self._fold_()
 
-    def schedule(self, steps: int | None, step: int = 0) -> None:
-        """Say how many steps the training has, and how many of them are done: after resuming. The masters
-        themselves, their masks included, come with the model's state dict."""
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps={steps} of training must be at least 1")
-        self.steps, self.step = steps, step
-
     def before_step(self) -> None:
         """Before the forward passes of a step. Raises ValueError where the number of steps is not known, and
         freeze or ramp depend on it."""
@@ -179,7 +171,7 @@ class StraightThrough:
         return self.decay * torch.stack(terms).sum() if terms else torch.zeros(())
 
     @torch.no_grad()
-    def decay_gradients_(self) -> None:
+    def penalty_gradients_(self) -> None:
         """Add the gradient of `penalty` to the gradients, for who does not write the loss; before the
         optimizer's step."""
         self._check()
@@ -209,15 +201,14 @@ class StraightThrough:
         its places that are not those of the start (NaN where a structure has no places).
 
         Exactly `nonzeros` entries of every row and block, also after a ramp that was cut short."""
-        self._check(counted=False)
-        assert self._model is not None
+        model = self.model
         moved = {name: master.moved() for name, master in self._masters.items()}
         done = {id(master): master.export() for master in self._distinct()}
-        for name, host in hosts(self._model).items():
+        for name, host in hosts(model).items():
             host.weight = done[id(self._masters[name])]
-        recipe = recipe_of(self._model)
-        unstamp_(self._model)
-        stamp_(self._model, recipe)
+        recipe = recipe_of(model)
+        unstamp_(model)
+        stamp_(model, recipe)
         self._model, self._masters, self._sizes = None, {}, {}
         return moved
 
@@ -230,7 +221,7 @@ class StraightThrough:
 
     def moved(self) -> dict[str, float]:
         """By layer, the share of the places in use that were not in use at the start."""
-        self._check(counted=False)
+        _ = self.model
         return {name: master.moved() for name, master in self._masters.items()}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -239,28 +230,24 @@ class StraightThrough:
         Codes never decay: it would pull the unused ones into ties. Nor does their dictionary: its norm is put
         back into the codes, so that its decay is theirs. Nor do biases and norms.
         """
-        self._check(counted=False)
-        assert self._model is not None
+        model = self.model
         codes = [master for master in self._distinct() if isinstance(master, CodeMaster)]
         exempt = {id(p) for master in codes for p in master.parameters()}
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
-        for parameter in self._model.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 (plain if id(parameter) in exempt or parameter.dim() < 2 else decayed).append(parameter)
         rates = ((decayed, weight_decay), (plain, 0.0))
         return [{"params": parameters, "weight_decay": rate} for parameters, rate in rates]
 
-    def _check(self, counted: bool = True) -> None:
-        if self._model is None:
-            raise ValueError(
-                "this regime is not in training (never started, or finished): call start_(model)"
-            )
-        if counted and self.steps is None and (0 < self.freeze < 1 or self.ramp):
+    def _check(self) -> nn.Module:
+        if self.steps is None and (0 < self.freeze < 1 or self.ramp):
             raise ValueError(
                 f"freeze={self.freeze:g} and ramp={self.ramp:g} are shares of the steps, whose number is not "
                 "known: start_(model, steps=...)"
             )
+        return self.model
 
     def _distinct_items(self) -> Iterable[tuple[str, Master]]:
         return {id(master): (name, master) for name, master in self._masters.items()}.values()

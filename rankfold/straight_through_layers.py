@@ -7,12 +7,11 @@ is an ordinary factorized model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from rankfold.hosts import hosts
-from rankfold.manifest import stamp_, unstamp_
+from rankfold.manifest import recipe_of, stamp_, unstamp_
 from rankfold.masters import CodeMaster, Master, WeightMaster
 from rankfold.method import Method, Size
 from rankfold.methods.dictionary import least_squares
@@ -101,12 +100,6 @@ def coded_again(code: SparseCode, weight: Tensor) -> SparseCode:
         orient=code.orient,
         storage=code.storage,
     )
-
-
-def recipe_of(model: nn.Module) -> Mapping[str, Any] | None:
-    """The recipe that a transformers model carries, as JSON."""
-    held = getattr(getattr(model, "config", None), "quantization_config", None)
-    return held.get("recipe") if isinstance(held, Mapping) else getattr(held, "recipe", None)
 
 
 def draft_(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ for `nn.Linear`, find them without knowing rankfold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ class LowRank(Structure, kind="low_rank"):
     LoRA, …]
 
     Saves bytes only below the break-even rank, out·in / (out + in). Applying it costs rank·(out + in)
-    multiply-adds a row.
+    multiply-adds a row. `scale` multiplies the product, W = scale · left right: with Adam, whose steps do not
+    feel it, it sets how fast the product learns [SLTrain, LoRA: alpha / rank].
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class LowRank(Structure, kind="low_rank"):
         shape: tuple[int, int],
         *,
         rank: int,
+        scale: float = 1.0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -76,38 +79,45 @@ class LowRank(Structure, kind="low_rank"):
         out_features, in_features = self.shape
         # Above `out` only for a part of a stack, whose `right` serves more rows than its own (`split`).
         self.rank = check_size(f"low-rank structure of shape {self.shape}: rank", rank, in_features)
+        good = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+        if not good or scale == 0:
+            raise ValueError(f"a low-rank structure's scale is a finite number other than 0; got {scale!r}")
+        self.scale = float(scale)
         self.right = nn.Linear(in_features, self.rank, bias=False, dtype=dtype, device=device)
         self.left = nn.Linear(self.rank, out_features, bias=False, dtype=dtype, device=device)
 
     @classmethod
-    def of(cls, left: Tensor, right: Tensor) -> LowRank:
+    def of(cls, left: Tensor, right: Tensor, scale: float = 1.0) -> LowRank:
         """From factors left (out, rank) and right (rank, in) of one dtype."""
         shape = (left.shape[0], right.shape[1])
-        structure = cls(shape, rank=left.shape[1], dtype=left.dtype, device="meta")
+        structure = cls(shape, rank=left.shape[1], scale=scale, dtype=left.dtype, device="meta")
         structure.left.weight = nn.Parameter(left.contiguous())
         structure.right.weight = nn.Parameter(right.contiguous())
         return structure
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.left(self.right(x))
+        return self.left(self._scaled(self.right(x)))
 
     def rows(self, index: Tensor) -> Tensor:
-        return nn.functional.embedding(index, self.left.weight) @ self.right.weight
+        return self._scaled(nn.functional.embedding(index, self.left.weight)) @ self.right.weight
 
     @property
     def macs(self) -> int:
         return self.rank * (self.shape[0] + self.shape[1])
 
     def sizes(self) -> dict[str, Any]:
-        return {"rank": self.rank}
+        return {"rank": self.rank} if self.scale == 1 else {"rank": self.rank, "scale": self.scale}
 
     def factors(self) -> tuple[Tensor, ...]:
-        return (self.left.weight, self.right.weight)
+        return (self._scaled(self.left.weight), self.right.weight)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1 else x * self.scale
 
     def split(self, rows: Sequence[int]) -> list[Structure]:
         """Low-rank parts with one `right` parameter. A part may have fewer rows than the rank."""
         lefts = self.left.weight.detach().split(list(rows))
-        parts = [LowRank.of(left.clone(), self.right.weight) for left in lefts]
+        parts = [LowRank.of(left.clone(), self.right.weight, self.scale) for left in lefts]
         for part in parts:
             part.right.weight = self.right.weight
         return list(parts)

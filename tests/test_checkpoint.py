@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import rankfold
 from rankfold import checkpoint, hosts
-from rankfold.checkpoint_folder import check_folder, writing
+from rankfold.atomic import check_folder, writing
 
 IDS = torch.arange(24).view(2, 12)
 

@@ -24,17 +24,30 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 # Left to right. A module may import its own tier and those to the left of it.
 TIERS = (
-    ("packing", "kernels", "codes"),
+    ("atomic", "optimizers", "packing", "kernels", "codes"),
     ("structure", "autoload"),  # autoload stands outside: it imports nothing of ours, anyone may import it
-    ("structures", "sparse_code", "masters"),
-    ("hosts", "layers", "manifest", "batches", "sums", "observe", "metric", "metrics", "method", "groups"),
+    ("structures", "sparse", "sparse_code", "masters", "ordered"),
+    (
+        "hosts",
+        "layers",
+        "manifest",
+        "batches",
+        "sums",
+        "observe",
+        "metric",
+        "metrics",
+        "method",
+        "groups",
+        "attention",
+        "batch_norm",
+    ),
     ("pursuit*", "dictionary*"),
     ("methods",),
     ("multiple_choice", "allocate*", "report*"),
     ("recipe",),
     ("fits", "storage", "outcome", "factorize"),
     ("recipes",),
-    ("straight_through*", "trainer_callback"),
+    ("regime", "straight_through*", "ordered_dropout", "truncate", "trainer_callback", "cut"),
     (
         "card",
         "calibration_file",
@@ -50,8 +63,8 @@ TIERS = (
     ("hf", "gguf"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress"),
-    ("cli",),
+    ("judge", "journey", "progress", "pretrain*", "step_in_backward"),
+    ("cli*",),
 )
 
 # Families of architectures, by which other compressors dispatch. Only gguf.py may: it reads a file format.

@@ -21,7 +21,9 @@ from rankfold import kernels
 from rankfold.codes import multiply, path_of
 from rankfold.kernels import cpu, reference
 
-needs_kernel = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no CPU kernel: {cpu.why_not()}")
+needs_kernel = pytest.mark.skipif(
+    cpu.why_not() is not None, reason=f"the CPU kernel cannot be built here: {cpu.why_not()}"
+)
 CPU = torch.device("cpu")
 
 
@@ -114,7 +116,7 @@ def before_a_wall(tensor: Tensor) -> Tensor:
 
 
 @needs_kernel
-@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.skipif(sys.platform != "linux", reason="guards memory with mprotect, which Linux has")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packing", ["mask", "index"])
 def test_nothing_is_read_out_of_bounds(packing: str, dtype: torch.dtype) -> None:
@@ -152,7 +154,7 @@ def test_no_compiler_is_no_error(fresh: Path, monkeypatch: pytest.MonkeyPatch) -
         multiply(x, codes, path="native")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="stands in for the compiler with a shell script")
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for the compiler is a shell script: POSIX only")
 @pytest.mark.parametrize(
     ("script", "reason"),
     [

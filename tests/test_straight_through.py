@@ -292,7 +292,7 @@ def test_decay_is_the_gradient_of_the_penalty_and_of_unused_codes_alone() -> Non
     penalty.backward()
     torch.testing.assert_close(held.codes.grad, 0.3 * unused)
     held.codes.grad = torch.zeros_like(held.codes)
-    regime.decay_gradients_()
+    regime.penalty_gradients_()
     torch.testing.assert_close(held.codes.grad, 0.3 * unused)
     regime.schedule(4, step=2)
     assert float(regime.penalty()) == 0.0

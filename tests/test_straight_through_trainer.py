@@ -19,7 +19,7 @@ from rankfold.masters import CodeMaster, WeightMaster
 from rankfold.methods import SVD, Dictionary
 from rankfold.sparse_code import SparseCode
 from rankfold.straight_through import StraightThrough
-from rankfold.trainer_callback import StraightThroughCallback
+from rankfold.trainer_callback import RegimeCallback
 
 METHOD = Dictionary(solver="ksvd", width=8, ratio=2.0, sweeps=3)
 
@@ -133,7 +133,7 @@ def trainer(model: Any, out: Path, regime: StraightThrough, finish: bool = True,
         model=model,
         args=TrainingArguments(**(defaults | options)),
         train_dataset=DATA,  # type: ignore[arg-type]
-        callbacks=[StraightThroughCallback(regime, finish)],
+        callbacks=[RegimeCallback(regime, finish)],
     )
 
 
@@ -152,7 +152,7 @@ def test_trainer_trains_and_exports(folder: Path, tmp_path: Path) -> None:
     regime.start_(model)
     run = trainer(model, tmp_path / "run", regime)
     assert math.isfinite(run.train().training_loss)
-    moved = next(c.moved for c in run.callback_handler.callbacks if isinstance(c, StraightThroughCallback))
+    moved = next(c.moved for c in run.callback_handler.callbacks if isinstance(c, RegimeCallback))
     assert moved.keys() == specs.keys() and max(moved.values()) > 0
     assert {name: host.weight.spec() for name, host in hosts(model).items()} == specs
     run.save_model(str(tmp_path / "trained"))

@@ -1,7 +1,7 @@
-"""A folder written whole or not at all: beside its place, flushed to disk, and renamed.
+"""Files and folders written whole or not at all: beside their place, flushed to disk, and renamed.
 
-Two renames cannot be one step. A crash between them leaves the old folder under `.<name>.old`, and the next
-write puts it back before it looks.
+For a folder, two renames cannot be one step. A crash between them leaves the old folder under `.<name>.old`,
+and the next write puts it back before it looks.
 """
 
 from __future__ import annotations
@@ -51,6 +51,20 @@ def writing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(_old(folder), ignore_errors=True)
         raise
+
+
+@contextmanager
+def writing_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write; it takes its place when it is on disk, and vanishes otherwise. The
+    folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _old(folder: Path) -> Path:
