@@ -220,18 +220,7 @@ def _(support: Tensor, packing: str, layout: Sequence[int]) -> Tensor:
     return support.new_empty(layout[0], layout[1] * layout[3], dtype=torch.int32)
 
 
-@torch.library.custom_op("rankfold::codes_product", mutates_args=())
-def product(
-    x: Tensor,
-    values: Tensor,
-    support: Tensor,
-    packing: str,
-    layout: Sequence[int],
-    transposed: bool,
-    path: str,
-) -> Tensor:
-    """C x, or Cᵀ x if `transposed`, for x (tokens, ·)."""
-    return _multiplied(x, values, support, packing, layout, transposed, path)
+product = torch.library.custom_op("rankfold::codes_product", _multiplied, mutates_args=())
 
 
 @product.register_fake

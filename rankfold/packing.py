@@ -10,6 +10,7 @@ zeros). What is unpacked comes from a file and is checked: a place is in range, 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,18 +74,34 @@ def unpack_mask(support: Tensor, rows: int, columns: int, count: int) -> Tensor:
     parts = []
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        bits = _to_bits(support[start * columns // 8 : bytes_for(stop * columns)])
-        taken = bits[: (stop - start) * columns].view(stop - start, columns)
-        found = taken.sum(1)
-        if stop == rows and bits[(stop - start) * columns :].any():
-            raise ValueError("the mask's last byte is padded with ones: the file is damaged")
-        if not bool((found == count).all()):
-            row = int((found != count).nonzero()[0])
-            raise ValueError(
-                f"row {start + row} of the mask takes {int(found[row])} places, its size says {count}"
-            )
-        parts.append(taken.nonzero()[:, 1].to(torch.int32).view(stop - start, count))
+        part = support[start * columns // 8 : bytes_for(stop * columns)]
+        offsets = torch.arange(stop - start, device=support.device)[:, None] * columns
+        parts.append((taken(part, stop - start, columns, count, start).view(-1, count) - offsets).int())
     return torch.cat(parts)
+
+
+def taken(support: Tensor, rows: int, columns: int, count: int, first: int = 0) -> Tensor:
+    """Which bits of `rows` rows of a mask are set: flat int64, ascending, counted from the first bit.
+
+    `first` is the number of the first row, for the message. Raises ValueError for a row that has not `count`.
+    """
+    shifts = torch.arange(8, device=support.device)
+    spread = (torch.arange(256, device=support.device)[:, None] >> shifts & 1).to(torch.uint8)
+    words = spread.view(torch.int64).view(-1)  # the eight bits of a byte as eight bytes: one look-up each
+    bits = words.index_select(0, support.int()).view(torch.bool)
+    used = bits[: rows * columns]
+    if bool(bits[rows * columns :].any()):
+        raise ValueError("the mask's last byte is padded with ones: the file is damaged")
+    found = used.view(rows, columns).sum(1)
+    if bool((found != count).any()):
+        row = int((found != count).nonzero()[0])
+        raise ValueError(
+            f"row {first + row} of the mask takes {int(found[row])} places, its size says {count}: the file "
+            "is damaged"
+        )
+    if used.device.type == "cpu":  # many times faster than torch's nonzero
+        return torch.from_numpy(np.flatnonzero(used.numpy()))
+    return used.nonzero().view(-1)
 
 
 def unpack_index(support: Tensor, rows: int, columns: int, count: int) -> Tensor:

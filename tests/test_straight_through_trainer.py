@@ -152,7 +152,7 @@ def test_trainer_trains_and_exports(folder: Path, tmp_path: Path) -> None:
     regime.start_(model)
     run = trainer(model, tmp_path / "run", regime)
     assert math.isfinite(run.train().training_loss)
-    moved = next(c.moved for c in run.callback_handler.callbacks if isinstance(c, RegimeCallback))
+    moved = next(c.facts for c in run.callback_handler.callbacks if isinstance(c, RegimeCallback))
     assert moved.keys() == specs.keys() and max(moved.values()) > 0
     assert {name: host.weight.spec() for name, host in hosts(model).items()} == specs
     run.save_model(str(tmp_path / "trained"))

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rankfold.packing import bytes_for, index_width, unpack_support
+from rankfold.packing import bytes_for, index_width, taken, unpack_support
 
 TEMPORARY = 16 << 20  # bytes; more is slower, as it leaves the cache
 
@@ -41,24 +40,8 @@ def places(support: Tensor, packing: str, layout: Sequence[int], piece: slice) -
 def _taken(support: Tensor, layout: Sequence[int], piece: slice) -> Tensor:
     """Which bits of a mask are set in some rows, counted from the first of them: flat int64, ascending."""
     _, blocks, atoms, nonzeros = layout
-    columns, rows = blocks * atoms, piece.stop - piece.start
-    part = support[piece.start * columns // 8 : bytes_for(piece.stop * columns)]
-    shifts = torch.arange(8, device=support.device)
-    spread = (torch.arange(256, device=support.device)[:, None] >> shifts & 1).to(torch.uint8)
-    words = spread.view(torch.int64).view(-1)  # the eight bits of a byte as eight bytes: one look-up each
-    bits = words.index_select(0, part.int()).view(torch.bool)
-    taken, found = bits[: rows * columns], bits[: rows * columns].view(-1, atoms).sum(1)
-    if bool(bits[rows * columns :].any()):
-        raise ValueError("the mask's last byte is padded with ones: the file is damaged")
-    if bool((found != nonzeros).any()):
-        at = int((found != nonzeros).nonzero()[0])
-        raise ValueError(
-            f"row {piece.start + at // blocks} of the mask takes {int(found[at])} places of a block, "
-            f"its size says {nonzeros}: the file is damaged"
-        )
-    if taken.device.type == "cpu":  # many times faster than torch's nonzero
-        return torch.from_numpy(np.flatnonzero(taken.numpy()))
-    return taken.nonzero().view(-1)
+    part = support[piece.start * blocks * atoms // 8 : bytes_for(piece.stop * blocks * atoms)]
+    return taken(part, (piece.stop - piece.start) * blocks, atoms, nonzeros, piece.start * blocks)
 
 
 def _flat(support: Tensor, packing: str, layout: Sequence[int], piece: slice) -> Tensor:

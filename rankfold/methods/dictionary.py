@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,7 +167,7 @@ class Dictionary(Method, kind="dictionary"):
         picks = sorted({round(i * last / (MEASURED - 1)) for i in range(MEASURED)})
         bounds = dictionary.curve(whitened.float(), [tuple(sizes[i]) for i in picks])
         logs = [math.log(max(float(bound), 1e-300)) for bound in bounds]
-        return [math.exp(_between(picks, logs, position)) for position in range(last + 1)]
+        return np.exp(np.interp(range(last + 1), picks, logs)).tolist()
 
     def _importance(self, metric: Metric) -> Callable[[Tensor], Tensor]:
         """ROCKET's worth of a unit of code on whitened atoms (blocks, atoms, width) of norm 1: the root of
@@ -236,12 +237,3 @@ def _magnitude(numbers: Tensor) -> Tensor:
     """Root mean square of each block, (blocks, 1, 1); 1 for a block of zeros."""
     mean = numbers.square().mean((1, 2), keepdim=True).sqrt()
     return torch.where(mean > 0, mean, 1.0)
-
-
-def _between(positions: Sequence[int], heights: Sequence[float], at: int) -> float:
-    """Linear interpolation at a place within `positions`, which ascend."""
-    upper = next(i for i, position in enumerate(positions) if position >= at)
-    if positions[upper] == at:
-        return heights[upper]
-    share = (at - positions[upper - 1]) / (positions[upper] - positions[upper - 1])
-    return heights[upper - 1] + share * (heights[upper] - heights[upper - 1])
