@@ -5,8 +5,9 @@
 
 Texts: the Brown corpus and Wikipedia (`rankfold.data`), parted by document into training, validation (for
 the tuning) and test (for the last table). A byte-level BPE is trained on the training part. Low rank gets the
-smallest rank with at least SLTrain's parameters. Every run is one line of `runs.jsonl` in the folder
-`--keep`: a benchmark that was stopped goes on where it was.
+smallest rank with at least SLTrain's parameters. `--forms galore relora` adds two baselines that train the
+full matrix in little memory, by the packages galore-torch (which needs bitsandbytes) and peft. Every run is
+one line of `runs.jsonl` in the folder `--keep`: a benchmark that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -78,7 +79,45 @@ def built(form: dict[str, Any], seed: int) -> nn.Module:
         factorize_(
             model, recipes.low_rank(rank=rank, alpha=form["scale"] * rank, init=form["init"]), seed=seed
         )
+    elif form["form"] == "relora":
+        from peft import LoraConfig, get_peft_model
+
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = get_peft_model(
+            model, LoraConfig(r=equal_rank(), lora_alpha=equal_rank(), target_modules=names)
+        )
+        for name, parameter in model.named_parameters():  # ReLoRA trains what is no block matrix in full
+            parameter.requires_grad_(".base_layer." not in name)
     return model
+
+
+def optimizer_of(form: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; GaLore's on the matrices of the blocks, with the projection of its authors' scripts."""
+    if form["form"] == "galore":
+        from galore_torch import GaLoreAdamW
+
+        inside = [p for n, p in model.named_parameters() if "layers" in n and p.dim() == 2]
+        taken = {id(p) for p in inside}
+        others = [p for p in model.parameters() if id(p) not in taken]
+        options = {"rank": HIDDEN // 4, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+        return GaLoreAdamW([{"params": others}, {"params": inside, **options}], lr=form["lr"])
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=form["lr"], weight_decay=0.0, fused=True
+    )
+
+
+@torch.no_grad()
+def restart_(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """ReLoRA: fold the update into the weight, and begin another with an empty optimizer state."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            layer.merged_adapters.clear()
+            layer.reset_lora_parameters("default", True)
+            for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                optimizer.state.pop(factor, None)
 
 
 def equal_rank() -> int:
@@ -91,10 +130,10 @@ def equal_rank() -> int:
 def trained(
     form: dict[str, Any], seed: int, tokens: int, data: dict[str, Tensor], judged: str
 ) -> dict[str, Any]:
-    """One run: AdamW without decay, clip 1, a tenth of warm-up, cosine to a tenth of the rate."""
+    """One run: AdamW without decay, clip 1, warm-up, cosine to a tenth of the rate, bf16 autocast."""
     model = built(form, seed)
     steps = tokens // (LENGTH * BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=form["lr"], weight_decay=0.0)
+    optimizer = optimizer_of(form, model)
     warm = steps // 10
 
     def rate(step: int) -> float:
@@ -105,14 +144,17 @@ def trained(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = torch.Generator().manual_seed(seed)
     start, stream, curve = time.perf_counter(), data["train"], []
-    for _ in range(steps):
+    for step in range(steps):
         places = torch.randint(len(stream) - LENGTH, (BATCH,), generator=generator)
         ids = torch.stack([stream[place : place + LENGTH] for place in places.tolist()])
-        loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16):  # products in bfloat16, parameters and states in float32
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if form["form"] == "relora" and (step + 1) % (steps // 4) == 0 and step + 1 < steps:
+            restart_(model, optimizer)
         optimizer.zero_grad()
         if not math.isfinite(loss.item()):
             break
@@ -175,7 +217,7 @@ class Runs:
 def tuned(runs: Runs, name: str, tokens: int) -> dict[str, Any]:
     """Coordinate search: the start (low rank), the learning rate, the scale, the learning rate again."""
     plain = {"form": name, "lr": RATES[1]}
-    if name == "full rank":
+    if name in ("full rank", "galore", "relora"):
         return runs.best([{**plain, "lr": lr} for lr in RATES], tokens)
     best: dict[str, Any] = {**plain, "scale": 1.0}
     if name == "low rank":
@@ -192,7 +234,7 @@ def main() -> None:
         forms={"nargs": "+", "default": ["full rank", "low rank", "sltrain"]},
         keep={"type": Path, "default": Path("runs"), "help": "folder of the runs (default runs)"},
         tune_tokens={"type": int, "default": 100_000, "help": "tokens of a tuning run (default 100,000)"},
-        tokens={"type": int, "default": 300_000, "help": "tokens of a final run (default 300,000)"},
+        tokens={"type": int, "default": 400_000, "help": "tokens of a final run (default 400,000)"},
     )
     data = parts()
     print({name: len(ids) for name, ids in data.items()}, flush=True)
