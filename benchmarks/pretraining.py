@@ -30,11 +30,12 @@ from rankfold.data_packaged import fetch, texts
 from rankfold.factorize import factorize_
 
 VOCABULARY, LENGTH, BATCH = 8192, 128, 4
-HIDDEN, INNER, LAYERS, HEADS = 256, 688, 8, 4
-RANK, SPARSITY = 24, 0.10
+HIDDEN, INNER, LAYERS, HEADS = 384, 1024, 3, 6
+RANK, SPARSITY = 36, 0.10
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-RATES = (1e-3, 3e-3, 6e-3)
-INITS = ("zero", "torch", "variance_preserving", "svd_of_dense")
+START = 2e-3  # the learning rate at which the search begins
+# "zero" is not among them: every matrix of a block would be zero, and none would ever get a gradient.
+INITS = ("torch", "variance_preserving", "svd_of_dense")
 
 
 def parts() -> dict[str, Tensor]:
@@ -167,7 +168,7 @@ def trained(
         "tokens": tokens,
         "judged": judged,
         "perplexity": perplexity(model, data[judged]) if len(curve) == steps else math.nan,
-        "train_loss": statistics.fmean(curve[-20:]) if curve else math.nan,
+        "train_loss": [statistics.fmean(curve[i : i + 50]) for i in range(0, len(curve), 50)],
         "parameters": sum(p.numel() for p in model.parameters()),
         "block_parameters": blocks,
         "seconds": seconds,
@@ -208,23 +209,33 @@ class Runs:
             self.done[key] = run
         return self.done[key]
 
-    def best(self, forms: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-        """The form of least validation perplexity on the tuning seed."""
-        found = [(self.of(form, TUNING_SEED, tokens, "validation")["perplexity"], form) for form in forms]
-        return min(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])[1]
+    def judged(self, form: dict[str, Any], tokens: int) -> float:
+        """Validation perplexity on the tuning seed."""
+        found = self.of(form, TUNING_SEED, tokens, "validation")["perplexity"]
+        return math.inf if math.isnan(found) else found
+
+    def walked(self, form: dict[str, Any], key: str, tokens: int) -> dict[str, Any]:
+        """Double or halve form[key] for as long as that helps."""
+        best = form
+        for factor in (2.0, 0.5):
+            while self.judged(step := {**best, key: best[key] * factor}, tokens) < self.judged(best, tokens):
+                best = step
+            if best[key] != form[key]:
+                break
+        return best
 
 
 def tuned(runs: Runs, name: str, tokens: int) -> dict[str, Any]:
-    """Coordinate search: the start (low rank), the learning rate, the scale, the learning rate again."""
-    plain = {"form": name, "lr": RATES[1]}
-    if name in ("full rank", "galore", "relora"):
-        return runs.best([{**plain, "lr": lr} for lr in RATES], tokens)
-    best: dict[str, Any] = {**plain, "scale": 1.0}
+    """Low rank's start first; then the learning rate, the scale, and the learning rate once more."""
+    best: dict[str, Any] = {"form": name, "lr": START}
+    if name in ("low rank", "sltrain"):
+        best["scale"] = 1.0
     if name == "low rank":
-        best = runs.best([{**best, "init": init} for init in INITS], tokens)
-    best = runs.best([{**best, "lr": lr} for lr in RATES], tokens)
-    best = runs.best([{**best, "scale": scale} for scale in (0.5, 1.0, 2.0)], tokens)
-    return runs.best([{**best, "lr": lr} for lr in RATES], tokens)
+        best = min(({**best, "init": init} for init in INITS), key=lambda form: runs.judged(form, tokens))
+    best = runs.walked(best, "lr", tokens)
+    if "scale" in best:
+        best = runs.walked(runs.walked(best, "scale", tokens), "lr", tokens)
+    return best
 
 
 def main() -> None:
@@ -233,8 +244,8 @@ def main() -> None:
         stage={"choices": ["tune", "final"], "default": "final"},
         forms={"nargs": "+", "default": ["full rank", "low rank", "sltrain"]},
         keep={"type": Path, "default": Path("runs"), "help": "folder of the runs (default runs)"},
-        tune_tokens={"type": int, "default": 100_000, "help": "tokens of a tuning run (default 100,000)"},
-        tokens={"type": int, "default": 400_000, "help": "tokens of a final run (default 400,000)"},
+        tune_tokens={"type": int, "default": 150_000, "help": "tokens of a tuning run (default 150,000)"},
+        tokens={"type": int, "default": 500_000, "help": "tokens of a final run (default 500,000)"},
     )
     data = parts()
     print({name: len(ids) for name, ids in data.items()}, flush=True)

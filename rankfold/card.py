@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rankfold import report_facts as facts
+from rankfold import report_training as trainings
 from rankfold.report import FILE_NAME, Report
 from rankfold.report_format import DASH, clean, percent, seconds, shape, size
 
@@ -61,10 +62,10 @@ def _front(
         "license": license,
         "language": list(language),
         "pipeline_tag": pipeline_tag,
-        "base_model": base,
+        "base_model": None if report.training else base,
         # The hub knows four relations of a model to its base; this is that of a smaller copy of the weights.
-        "base_model_relation": "quantized" if base else None,
-        "tags": ["rankfold", "compressed", *sorted(kinds)],
+        "base_model_relation": "quantized" if base and not report.training else None,
+        "tags": ["rankfold", "pretrained" if report.training else "compressed", *sorted(kinds)],
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value]
     return "\n".join(["---", *lines, "---"])
@@ -72,16 +73,23 @@ def _front(
 
 def _what(report: Report) -> str:
     before, after = facts.total(report, "model", "before"), facts.total(report, "model", "after")
-    lines = [
-        f"# {_plain(facts.model_name(report))}, {_plain(facts.recipe_name(report))} "
-        f"at {percent(report.budget, 0)}",
-        "",
-        f"Compressed with rankfold. {percent(report.reached)} of the selected layers' "
-        f"{_plain(facts.unit(report))} are kept (asked: {percent(report.budget)}); of the whole model "
-        f"{percent(facts.fraction(after, before))} of the bytes, {size(before)} → {size(after)}.",
-        "",
-        facts.speed(report)[0],
-    ]
+    kept = f"{percent(facts.fraction(after, before))} of the bytes, {size(before)} → {size(after)}."
+    if report.training:
+        lines = [
+            f"Trained from scratch with rankfold. Of the dense model of its sizes it holds {kept}",
+            "",
+            *(f"- {label}: {_plain(words)}" for label, words in trainings.lines(report)),
+        ]
+    else:
+        lines = [
+            f"Compressed with rankfold. {percent(report.reached)} of the selected layers' "
+            f"{_plain(facts.unit(report))} are kept (asked: {percent(report.budget)}); of the whole model "
+            f"{kept}",
+            "",
+            facts.speed(report)[0],
+        ]
+    title = trainings.title(report, _plain(facts.model_name(report)), _plain(facts.recipe_name(report)))
+    lines = [f"# {title}", "", *lines]
     for text in facts.alarms(report):
         lines += ["", f"> **Warning.** {_plain(text)}"]
     return "\n".join(lines)
@@ -128,7 +136,7 @@ def _table(report: Report) -> str:
     data = (report.evaluation or {}).get("data")
     if isinstance(data, Mapping) and data:
         text += f"\n\nEvaluated on: {_pairs(data)}."
-    elif not report.evaluation:
+    elif not report.evaluation and not report.training:
         text += "\n\nQuality was not measured."
     return text
 
@@ -160,19 +168,21 @@ def _layers(report: Report) -> str:
     ]
     if kept:
         text += "\n\nStayed dense:\n\n" + "\n".join(kept)
-    return f"{text}\n\nAllocation: {_plain(facts.gap(report))}\n\nEvery layer is in `{FILE_NAME}`."
+    gap = "" if report.training else f"Allocation: {_plain(facts.gap(report))}\n\n"
+    return f"{text}\n\n{gap}Every layer is in `{FILE_NAME}`."
 
 
 def _recipe(report: Report) -> str:
     recipe = json.dumps(report.to_json()["recipe"], indent=2)
     lines = ["## Repeat it", "", _fenced(recipe, "json"), ""]
     if report.data:
-        lines.append(f"- Calibration data: {_pairs(report.data)}")
-    lines.append(f"- Budget: {report.budget} of the {_plain(facts.unit(report))} of the selected layers")
+        lines.append(f"- {'Data' if report.training else 'Calibration data'}: {_pairs(report.data)}")
+    if not report.training:
+        lines.append(f"- Budget: {report.budget} of the {_plain(facts.unit(report))} of the selected layers")
     if report.seed is not None:
         lines.append(f"- Seed: {report.seed}")
     if report.weights_hash:
-        lines.append(f"- Weights before: {_plain(report.weights_hash)}")
+        lines.append(f"- Weights{'' if report.training else ' before'}: {_plain(report.weights_hash)}")
     if report.dtype:
         lines.append(f"- dtype: {_plain(report.dtype)}")
     if report.versions:

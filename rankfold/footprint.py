@@ -107,7 +107,7 @@ def macs_per_token(model: nn.Module, example: Tensor | Mapping[str, Any] | None 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         nonlocal total
         x = args[0] if args else next(iter(kwargs.values()))
-        total += _row_macs(module) * _rows(module, x, output)
+        total += _call_macs(module, x, output)
 
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in _counted(model)]
     given = dict(example) if isinstance(example, Mapping) else {"": example}
@@ -143,13 +143,16 @@ def _row_macs(module: Any) -> int:
     return module.weight.macs if isinstance(module.weight, Structure) else module.weight.numel()
 
 
-def _rows(module: Any, x: Tensor, output: Tensor) -> int:
+def _call_macs(module: Any, x: Tensor, output: Tensor) -> int:
+    """Multiply-adds of one call, on input x."""
     if isinstance(module, Embedding):
-        return x.numel()
-    if (
-        isinstance(module, Conv2d) and module.spatial
-    ):  # its matrix meets every padded column of every output line
-        return len(x) * output.shape[-2] * pad(x[:1, :1], module.geometry).shape[-1]
-    if _is_conv(module):
-        return output.numel() // module.out_channels
-    return output.numel() // output.shape[-1]
+        return _row_macs(module) * x.numel()
+    if isinstance(module, Conv2d) and module.spatial:
+        lines, factors = len(x) * output.shape[-2], module.weight.factors()
+        if factors is not None and len(factors) > 1:  # the last filters run at the output's width
+            last, *rest = (factor.numel() for factor in factors)
+            return lines * (sum(rest) * x.shape[-1] + last * output.shape[-1])
+        # Any other matrix meets every padded column of every output line.
+        return _row_macs(module) * lines * pad(x[:1, :1], module.geometry).shape[-1]
+    positions = module.out_channels if _is_conv(module) else output.shape[-1]
+    return _row_macs(module) * (output.numel() // positions)

@@ -39,7 +39,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.weight(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def to_dense(self) -> nn.Module:
         """The ordinary layer with the same function: `nn.Linear`, or transformers' `Conv1D`."""
@@ -96,41 +96,40 @@ class Conv2d(nn.Module):
         self.spatial = weight.shape != channel
 
     def forward(self, x: Tensor) -> Tensor:
+        factors = self.weight.factors()
+        if self.spatial and factors and len(factors) > 1:
+            y = self._separable(x, factors)
+            return y if self.bias is None else y + self.bias.view(-1, 1, 1).to(y.dtype)
         x = pad(x, self.geometry)
         kh, kw = self.geometry["kernel_size"]
         (sh, sw), (dh, dw) = self.geometry["stride"], self.geometry["dilation"]
-        factors = self.weight.factors()
-        if (
-            factors is not None
-        ):  # convolve with the first factor; the others mix its channels, and the last one shifts
-            first, rest = factors[-1], factors[-2::-1]
-            if self.spatial:
-                y = F.conv2d(
-                    x,
-                    first.view(-1, self.in_channels, kh, 1),
-                    stride=(sh, 1),
-                    dilation=(dh, 1),
-                )
-            else:
-                y = F.conv2d(
-                    x,
-                    first.view(-1, self.in_channels, kh, kw),
-                    stride=(sh, sw),
-                    dilation=(dh, dw),
-                )
-            for factor in rest:
+        if factors and not self.spatial:  # convolve with the first factor; the others mix channels
+            first = factors[-1].view(-1, self.in_channels, kh, kw)
+            y = F.conv2d(x, first, stride=(sh, sw), dilation=(dh, dw))
+            for factor in factors[-2::-1]:
                 y = F.conv2d(y, factor[:, :, None, None])
         elif self.spatial:
             y = _matrix_over(self.weight, x, (kh, 1), (sh, 1), (dh, 1))
-        else:
-            y = _matrix_over(self.weight, x, (kh, kw), (sh, sw), (dh, dw))
-        if self.spatial:
             # y is z (N, out·kw, H', padded W); output[o, h, w] = Σⱼ z[(o, j), h, w·stride + j·dilation]
             z = y.unflatten(1, (self.out_channels, kw))
             width = (z.shape[-1] - dw * (kw - 1) - 1) // sw + 1
             y = sum(z[:, :, j, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw))
             assert isinstance(y, Tensor)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        else:
+            y = _matrix_over(self.weight, x, (kh, kw), (sh, sw), (dh, dw))
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1).to(y.dtype)
+
+    def _separable(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """kh x 1 filters, 1 x 1 ones, then 1 x kw filters. Columns are padded in between: padding them
+        commutes with vertical filters, which then never run over the padding."""
+        kh, kw = self.geometry["kernel_size"]
+        (sh, sw), (dh, dw) = self.geometry["stride"], self.geometry["dilation"]
+        first = factors[-1].view(-1, self.in_channels, kh, 1)
+        y = F.conv2d(pad(x, self.geometry, "rows"), first, stride=(sh, 1), dilation=(dh, 1))
+        for factor in factors[-2:0:-1]:
+            y = F.conv2d(y, factor[:, :, None, None])
+        last = factors[0].view(self.out_channels, kw, -1).permute(0, 2, 1)[:, :, None]  # (out, rank, 1, kw)
+        return F.conv2d(pad(y, self.geometry, "columns"), last, stride=(1, sw), dilation=(1, dw))
 
     def to_dense(self) -> nn.Conv2d:
         """The ordinary `nn.Conv2d` with the same function."""
@@ -183,7 +182,8 @@ def _matrix_over(matrix: Structure, x: Tensor, kernel: Any, stride: Any, dilatio
     return matrix(patches).mT.unflatten(-1, (height, -1))  # (N, out, H', W')
 
 
-def pad(x: Tensor, geometry: Mapping[str, Any]) -> Tensor:
+def pad(x: Tensor, geometry: Mapping[str, Any], sides: str = "both") -> Tensor:
+    """Images (N, ·, H, W) padded as a convolution of this geometry pads them: "rows", "columns" or "both"."""
     padding, (kh, kw), (dh, dw) = (
         geometry["padding"],
         geometry["kernel_size"],
@@ -193,11 +193,12 @@ def pad(x: Tensor, geometry: Mapping[str, Any]) -> Tensor:
         return x
     if padding == "same":  # torch puts the odd pixel at the end
         h, w = dh * (kh - 1), dw * (kw - 1)
-        sides = (w // 2, w - w // 2, h // 2, h - h // 2)
+        columns, rows = (w // 2, w - w // 2), (h // 2, h - h // 2)
     else:
-        sides = (padding[1], padding[1], padding[0], padding[0])
+        columns, rows = (padding[1], padding[1]), (padding[0], padding[0])
+    amounts = (*(columns if sides != "rows" else (0, 0)), *(rows if sides != "columns" else (0, 0)))
     mode = geometry["padding_mode"]
-    return F.pad(x, sides, mode="constant" if mode == "zeros" else mode) if any(sides) else x
+    return F.pad(x, amounts, mode="constant" if mode == "zeros" else mode) if any(amounts) else x
 
 
 def _refill(dense: Any, full: Tensor, bias: Any, training: bool) -> Any:

@@ -45,10 +45,22 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """The weight as W (out, in), detached, in its own dtype."""
-        weight = self.tensor.detach()
+        return self.read(self.tensor.detach())
+
+    def read(self, weight: Tensor) -> Tensor:
+        """A tensor in the layer's own layout as a matrix (out, in)."""
         if isinstance(self.module, nn.Conv2d):
             return weight.permute(0, 3, 1, 2).flatten(2).flatten(0, 1) if self.spatial else weight.flatten(1)
         return weight.mT if is_conv1d(self.module) else weight
+
+    def laid(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the layer's own layout: the inverse of `read`."""
+        if isinstance(self.module, nn.Conv2d):
+            out, inner, kh, kw = self.tensor.shape
+            if self.spatial:
+                return matrix.reshape(out, kw, inner, kh).permute(0, 2, 3, 1)
+            return matrix.reshape(out, inner, kh, kw)
+        return matrix.mT if is_conv1d(self.module) else matrix
 
     @property
     def shape(self) -> tuple[int, int]:

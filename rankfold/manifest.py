@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import rankfold.masters
+import rankfold.ordered
 import rankfold.sparse_code
 import rankfold.structures  # noqa: F401  the kinds that a manifest may name
 from rankfold.hosts import hosts

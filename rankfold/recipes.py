@@ -14,6 +14,9 @@
     compot     E[x xᵀ]                      uniform      orthonormal dictionary
     codes      E‖g‖² · E[x xᵀ]              lagrangian   cospadi in the unit of the loss
     dsformer   none                         uniform      arXiv 2312.13211, blocks of 64; before tuning
+    low_rank   none                         fixed        fresh factors, to train from the first step
+    sltrain    none                         fixed        arXiv 2406.02214, fresh factors and a sparse term
+    lrt        none                         fixed        arXiv 1910.13923, all projections low rank
     best       what we recommend            -            today codes: the best of these in docs/benchmarks.md
 
 A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md).
@@ -26,9 +29,9 @@ import difflib
 import warnings
 from dataclasses import replace
 
-from rankfold.allocate import lagrangian, uniform
+from rankfold.allocate import fixed, lagrangian, uniform
 from rankfold.groups import Groups
-from rankfold.methods import SVD, Dictionary
+from rankfold.methods import SVD, Dictionary, Scratch
 from rankfold.metrics import KFAC, AbsMean, Activation, Fisher, Frobenius
 from rankfold.recipe import Recipe
 
@@ -134,6 +137,33 @@ dsformer = Recipe(
     uniform,
     "arXiv 2312.13211",
     "sparse codes in blocks of 64, the start of straight-through tuning",
+)
+low_rank = Recipe(
+    "low_rank",
+    Scratch(),
+    Frobenius(),
+    fixed,
+    "",
+    "for training from scratch: low rank from the first step",
+)
+# For torch's attention, which has no layers, after `rankfold.attention.unpack_attention_`.
+lrt = Recipe(
+    "lrt",
+    Scratch(init="torch", above="dense"),
+    Frobenius(),
+    fixed,
+    "arXiv 1910.13923",
+    "for training from scratch: the Low-Rank Transformer, factors as torch starts its layers",
+)
+# alpha / rank is the paper's scale: 32 / 128 for its model of 60 M parameters; 16 / 256 at 130 M and 350 M,
+# 8 / 512 at 1 B, 8 / 1024 with sparsity 0.05 at 7 B.
+sltrain = Recipe(
+    "sltrain",
+    Scratch(sparsity=0.03, alpha=32.0, init="zero"),
+    Frobenius(),
+    fixed,
+    "arXiv 2406.02214",
+    "for training from scratch: low rank plus sparse from the first step",
 )
 best = replace(codes, name="best", summary="what we recommend today: codes (docs/benchmarks.md)")
 

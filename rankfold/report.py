@@ -106,7 +106,8 @@ class Report:
 
     `budget` is the fraction of `unit` *kept* that was asked of the selected layers, `reached` what was
     reached. `totals` holds `selected_before/after` and `model_before/after` in bytes, `params_*` and
-    `macs_*`. `evaluation` is None or {"data", "dense", "compressed", "generation"}.
+    `macs_*`. `evaluation` is None or {"data", "dense", "compressed", "generation"}, `training`
+    what `rankfold pretrain` did, or None.
     """
 
     recipe: dict[str, Any]
@@ -126,6 +127,7 @@ class Report:
     model: str = ""
     warnings: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
 
     # JSON
 
@@ -250,6 +252,7 @@ _NUMERIC = (
     "allocation",
     "timings",
     "evaluation",
+    "training",
     "spectrum",
 )  # containers that may hold such words
 

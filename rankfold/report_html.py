@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rankfold import report_facts as facts
+from rankfold import report_training as trainings
 from rankfold.report import Report
 from rankfold.report_format import DASH, known, number, percent, shape, size
 from rankfold.report_plots import bytes_by_type, escape, heat_map, name, timings
@@ -29,8 +30,20 @@ def page(report: Report) -> str:
     """The whole document. Every section that has no facts is left out or says so."""
     script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    title = f"{facts.model_name(report)}, {facts.recipe_name(report)} at {percent(report.budget, 0)}"
-    sections = (_head, _warnings, _summary, _ranks, _spectra, _samples, _layers, _left, _work, _origin)
+    title = trainings.title(report, facts.model_name(report), facts.recipe_name(report))
+    sections = (
+        _head,
+        _warnings,
+        _training,
+        _summary,
+        _ranks,
+        _spectra,
+        _samples,
+        _layers,
+        _left,
+        _work,
+        _origin,
+    )
     body = "\n".join(part for section in sections if (part := section(report)))
     version = escape(f"rankfold {report.versions.get('rankfold', '')}".strip())
     return (
@@ -67,13 +80,17 @@ def _head(report: Report) -> str:
         _tile(
             "Selected layers",
             f"{percent(report.reached)} kept",
-            f"{size(before)} → {size(after)}; asked: {percent(report.budget)} of their {facts.unit(report)}",
+            f"{size(before)} → {size(after)}"
+            + ("" if report.training else f"; asked: {percent(report.budget)} of their {facts.unit(report)}"),
         )
     ]
     before, after = facts.total(report, "model", "before"), facts.total(report, "model", "after")
     kept = facts.fraction(after, before)
     if kept is not None:
         tiles.append(_tile("Whole model", f"{percent(kept)} kept", f"{size(before)} → {size(after)}"))
+    if report.training:
+        detail = "on documents held out (lower is better)"
+        tiles.append(_tile("Validation perplexity", number(report.training.get("perplexity")), detail))
     lines = {line.key: line for line in facts.before_after(report)}
     if found := lines.get("perplexity"):
         kl = lines.get("kl")
@@ -84,11 +101,13 @@ def _head(report: Report) -> str:
     sentence, verdict = facts.speed(report)
     if found := lines.get("decode_ms_per_token") or lines.get("prefill_ms"):
         tiles.append(_tile(found.label, f"{found.before} → {found.after}", f"{found.change}", found.verdict))
-    quality = "" if report.evaluation else " Quality was not measured: there is no evaluation."
+    known_quality = report.evaluation or report.training
+    quality = "" if known_quality else " Quality was not measured: there is no evaluation."
     dtype = f" in {report.dtype}" if report.dtype else ""
     small = sum(not row.dense for row in report.layers)
+    made = "Trained from scratch with" if report.training else "Compressed with"
     lead = (
-        f"Compressed with <strong>{escape(facts.recipe_name(report))}</strong>{escape(dtype)}: "
+        f"{made} <strong>{escape(facts.recipe_name(report))}</strong>{escape(dtype)}: "
         f"{small} of {_count(len(report.layers), 'selected layer')} factorized."
     )
     title = escape(facts.model_name(report)).replace("/", "/<wbr>")  # a hub name breaks after its owner
@@ -98,6 +117,10 @@ def _head(report: Report) -> str:
         f'<div class="tiles">{"".join(tiles)}</div>\n'
         f"<p><strong{kind}>{escape(sentence)}</strong>{quality}</p>\n</header>"
     )
+
+
+def _training(report: Report) -> str:
+    return trainings.section(report) if report.training else ""
 
 
 def _warnings(report: Report) -> str:
@@ -123,13 +146,15 @@ def _before_after(report: Report) -> str:
             f'<tr><th scope="row">{escape(line.label)}</th><td>{escape(line.before)}</td>'
             f"<td>{escape(line.after)}</td><td{kind}>{escape(line.change)}</td></tr>"
         )
+    head = ("", "dense", "as trained", "change") if report.training else ("", "before", "after", "change")
     data = (report.evaluation or {}).get("data")
     note = (
         f'<p class="note">Evaluated on: {escape(_pairs(data))}.</p>'
         if isinstance(data, Mapping) and data
         else ""
     )
-    return _section("Before and after", _table(("", "before", "after", "change"), rows, "facts"), note)
+    title = "Beside the dense model" if report.training else "Before and after"
+    return _section(title, _table(head, rows, "facts"), note)
 
 
 def _pairs(data: Mapping[str, Any]) -> str:
@@ -232,7 +257,9 @@ def _work(report: Report) -> str:
     a = report.allocation
     cost = f" It spent {number(a.get('cost'))} of {number(a.get('budget'))} {facts.unit(report)}."
     allocation = (
-        _section("How good is the allocation?", f"<p>{escape(facts.gap(report) + cost)}</p>") if a else ""
+        _section("How good is the allocation?", f"<p>{escape(facts.gap(report) + cost)}</p>")
+        if a and not report.training
+        else ""
     )
     return f'<div class="two">{_section("Time", timings(report))}{allocation}</div>'
 
@@ -243,7 +270,8 @@ def _origin(report: Report) -> str:
         ("weights", report.weights_hash),
         ("dtype", report.dtype),
     ]
-    rows += [(f"calibration data: {key}", value) for key, value in (report.data or {}).items()]
+    which = "data" if report.training else "calibration data"
+    rows += [(f"{which}: {key}", value) for key, value in (report.data or {}).items()]
     rows += list(report.versions.items())
     lines = [
         f'<tr><th scope="row">{escape(key)}</th><td class="left wrap">{escape(value)}</td></tr>'

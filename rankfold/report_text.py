@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankfold import report_facts as facts
+from rankfold import report_training as trainings
 from rankfold.report import Report
 from rankfold.report_format import DASH, clean, number, percent, seconds, shape, size
 
@@ -68,15 +69,26 @@ def _head(report: Report) -> Text:
         f" · {facts.recipe_name(report)} · {report.dtype or 'dtype not recorded'}\n",
         f"Selected layers: {sizes[0][0]} → {sizes[0][1]}, ",
         (f"{percent(report.reached)} of their {unit} kept", "bold"),
-        f" (asked {percent(report.budget)})\n",
+        "\n" if report.training else f" (asked {percent(report.budget)})\n",
         f"Whole model: {sizes[1][0]} → {sizes[1][1]}, ",
         (f"{percent(kept)} of the bytes kept", "bold"),
         f"\n{facts.speed(report)[0]}",
     )
 
 
+def _training(report: Report) -> Text:
+    parts = [Text.assemble((f"{label}: ", "bold"), words) for label, words in trainings.lines(report)]
+    if held := trainings.sampled(report):
+        said = ", ".join(f"{number(loss)} ({number(step)})" for step, loss in held)
+        parts.append(Text.assemble(("Validation loss (step): ", "bold"), said))
+    return Text("\n").join([Text("Training", style="bold"), *parts])
+
+
 def _before_after(report: Report) -> Table:
-    table = _table("Before and after", "", "dense", "compressed", "change")
+    heads = (
+        ("Beside the dense model", "as trained") if report.training else ("Before and after", "compressed")
+    )
+    table = _table(heads[0], "", "dense", heads[1], "change")
     for line in facts.before_after(report):
         table.add_row(line.label, line.before, line.after, Text(line.change, style=_VERDICT[line.verdict]))
     return table
@@ -139,11 +151,14 @@ def _foot(report: Report) -> Text:
     data = report.data or {}
     total = sum(value for value in report.timings.values() if isinstance(value, int | float))
     times = ", ".join(f"{clean(key)} {seconds(value)}" for key, value in report.timings.items())
-    lines = [f"Allocation: {facts.gap(report)}"]
+    lines = [] if report.training else [f"Allocation: {facts.gap(report)}"]
     if times:
         lines.append(f"Time: {times} (together {seconds(total)})")
     if data:
-        lines.append("Calibration data: " + ", ".join(f"{clean(k)} {clean(v)}" for k, v in data.items()))
+        lines.append(
+            ("Data: " if report.training else "Calibration data: ")
+            + ", ".join(f"{clean(k)} {clean(v)}" for k, v in data.items())
+        )
     lines.append(
         f"Seed: {DASH if report.seed is None else report.seed}; weights {clean(report.weights_hash) or DASH}"
     )
@@ -158,6 +173,8 @@ def render(report: Report, layers: bool = True) -> Group:
     parts += [Text(f"Warning: {text}", style="yellow") for text in facts.alarms(report)]
     if len(parts) > 2:
         parts.append(Text(""))
+    if report.training:
+        parts += [_training(report), Text("")]
     parts += [_before_after(report), _types(report)]
     if layers and report.layers:
         parts.append(_layers(report))

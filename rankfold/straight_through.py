@@ -26,6 +26,7 @@ from rankfold.masters import CodeMaster, Master, WeightMaster
 from rankfold.method import Method, Size
 from rankfold.metric import Metric
 from rankfold.metrics import Frobenius
+from rankfold.optimizers import check_unheld
 from rankfold.recipe import Recipe
 from rankfold.regime import Regime
 from rankfold.sparse_code import SparseCode
@@ -66,6 +67,8 @@ class StraightThrough(Regime):
     inverse. The product stays, but moments that the optimizer holds (Adam) are those of the old scale; one
     step changes a norm by about the learning rate, so we leave them. Clipping by the norm of all gradients
     counts those of unused codes too, and so clips more than in ordinary tuning. No shape changes.
+    **Processes.** DistributedDataParallel works, in the weight reading with find_unused_parameters=True: its
+    masters have no gradient once they stand still. FSDP is refused.
 
     Raises ValueError for options out of range.
     """
@@ -128,11 +131,15 @@ class StraightThrough(Regime):
         layer that the reading does not fit; the model is then unchanged, unless it was factorized here.
         """
         dense = dict(weights or {})
+        structures = {n: h.weight for n, h in hosts(model).items() if not isinstance(h.weight, Master)}
+        held = {f"{n}.{key}": p for n, s in structures.items() for key, p in s.named_parameters()}
+        check_unheld(held, "StraightThrough.start_")
         if budget is not None:
             if self.method is None:
                 raise ValueError(f"start_(budget={budget}) factorizes: it needs StraightThrough(method)")
             recipe = Recipe("straight_through", self.method, Frobenius(), uniform)
             chosen = select(model, targets, skip)
+            check_unheld({n: layer.tensor for n, layer in chosen.items()}, "StraightThrough.start_")
             dense |= {name: layer.matrix().clone() for name, layer in chosen.items()}
             factorize_(model, recipe, budget=budget, targets=targets, skip=skip, metrics=metrics)
         masters = masters_of(model, self.reading, dense)
@@ -152,8 +159,13 @@ class StraightThrough(Regime):
 
     def before_step(self) -> None:
         """Before the forward passes of a step. Raises ValueError where the number of steps is not known, and
-        freeze or ramp depend on it."""
+        freeze or ramp depend on it; and for masters that FSDP has sharded."""
         self._check()
+        if any(hasattr(p, "full_tensor") for master in self._distinct() for p in master.parameters()):
+            raise ValueError(
+                "the masters are sharded over processes, and choices are made among whole rows of them: use "
+                "DistributedDataParallel, or shard only what is not factorized"
+            )
         for master in self._distinct():
             master.straight = not self.frozen
             if self.ramp and not self.frozen and isinstance(master, CodeMaster):

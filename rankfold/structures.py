@@ -2,7 +2,7 @@
 
     Dense    W = W                      the matrix itself, as a term of a sum
     LowRank  W = left right             left (out, rank), right (rank, in)
-    Sum      W = Σ termᵢ                e.g. a frozen Dense plus a trainable LowRank is LoRA
+    Sum      W = Σ termᵢ                a frozen Dense plus a LowRank is LoRA, LowRank plus Sparse is SLTrain
 
 Factors are bias-free `nn.Linear` children, so that quantizers, adapters, exporters and sharding, which look
 for `nn.Linear`, find them without knowing rankfold.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.sparse import Sparse, plain, product
 from rankfold.structure import Structure, build, check_size
 
 
@@ -125,7 +126,11 @@ class LowRank(Structure, kind="low_rank"):
 
 class Sum(Structure, kind="sum"):
     """W = Σ termᵢ, structures of one shape, in `terms`. [LoRA: frozen Dense + LowRank; SLTrain: LowRank +
-    sparse]"""
+    Sparse]
+
+    Each term is applied by itself, but for LowRank + Sparse in training: there W is rebuilt for the product,
+    and dropped (`rankfold.sparse`).
+    """
 
     def __init__(
         self,
@@ -159,11 +164,35 @@ class Sum(Structure, kind="sum"):
         return [term for term in self.terms if isinstance(term, Structure)]
 
     def forward(self, x: Tensor) -> Tensor:
+        pair = self._low_rank_and_sparse()
+        if pair is not None and self._rebuilding_pays(x, pair[1]):
+            low, sparse = pair
+            factors = (low.left.weight, low.right.weight, low.scale)
+            return product(x, sparse.values, sparse.places, self.shape[0], *factors)
         first, *rest = self._structures()
         y = first(x)
         for term in rest:
             y = y + term(x)
         return y
+
+    def _low_rank_and_sparse(self) -> tuple[LowRank, Sparse] | None:
+        """The two terms of SLTrain, where they may be multiplied without calling them; else None."""
+        if len(self.terms) != 2:
+            return None
+        low, sparse = self.terms if isinstance(self.terms[0], LowRank) else reversed(self.terms)
+        if not (isinstance(low, LowRank) and plain(low, LowRank)):
+            return None
+        if not (isinstance(sparse, Sparse) and plain(sparse, Sparse)):
+            return None
+        return (low, sparse) if plain(low.left, nn.Linear) and plain(low.right, nn.Linear) else None
+
+    def _rebuilding_pays(self, x: Tensor, sparse: Sparse) -> bool:
+        """In training: autograd would keep more. Without gradients where the sparse term would be filled up
+        anyway, from out·in / (out + in) rows of x on: there building W takes fewer multiply-adds than two
+        factors."""
+        out, inner = self.shape
+        many = x.numel() * (out + inner) > out * inner * inner
+        return torch.is_grad_enabled() or (many and not sparse.entrywise(x))
 
     def rows(self, index: Tensor) -> Tensor:
         first, *rest = self._structures()

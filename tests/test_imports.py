@@ -24,7 +24,7 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 # Left to right. A module may import its own tier and those to the left of it.
 TIERS = (
-    ("atomic", "optimizers", "packing", "kernels", "codes"),
+    ("atomic", "optimizers", "step_in_backward", "packing", "kernels", "codes"),
     ("structure", "autoload"),  # autoload stands outside: it imports nothing of ours, anyone may import it
     ("structures", "sparse", "sparse_code", "masters", "ordered"),
     (
@@ -39,6 +39,7 @@ TIERS = (
         "method",
         "groups",
         "attention",
+        "linformer",
         "batch_norm",
     ),
     ("pursuit*", "dictionary*"),
@@ -46,8 +47,8 @@ TIERS = (
     ("multiple_choice", "allocate*", "report*"),
     ("recipe",),
     ("fits", "storage", "outcome", "factorize"),
-    ("recipes",),
-    ("regime", "straight_through*", "ordered_dropout", "truncate", "trainer_callback", "cut"),
+    ("recipes", "automatic"),
+    ("regime", "straight_through*", "ordered_dropout", "truncate*", "trainer_callback", "cut*"),
     (
         "card",
         "calibration_file",
@@ -63,7 +64,7 @@ TIERS = (
     ("hf", "gguf"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress", "pretrain*", "step_in_backward"),
+    ("judge", "journey", "progress", "pretrain*"),
     ("cli*",),
 )
 

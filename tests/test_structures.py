@@ -150,7 +150,7 @@ def test_the_laws_notice() -> None:
     class Forgetful(LowRank):
         def __init__(self, shape, **options):
             super().__init__(shape, **options)
-            self.register_buffer("scale", torch.ones(2), persistent=False)
+            self.register_buffer("shift", torch.ones(2), persistent=False)
 
     class Ragged(LowRank):
         def __init__(self, shape, **options):
@@ -174,7 +174,7 @@ def test_the_laws_notice() -> None:
     class Credulous(LowRank):
         def __init__(self, shape, *, rank, dtype=None, device=None):
             nn.Module.__init__(self)
-            self.shape, self.rank = tuple(shape), rank
+            self.shape, self.rank, self.scale = tuple(shape), rank, 1.0
             self.right = nn.Linear(shape[1], int(rank), bias=False, dtype=dtype, device=device)
             self.left = nn.Linear(int(rank), shape[0], bias=False, dtype=dtype, device=device)
 
@@ -190,7 +190,7 @@ def test_the_laws_notice() -> None:
         Shifted: "forward(x) is not x @ to_dense().mT",
         Misread: "rows(index) is not to_dense()[index]",
         Frozen: "gradient of forward with respect to right.weight",
-        Forgetful: "buffers ['scale'] are not persistent",
+        Forgetful: "buffers ['shift'] are not persistent",
         Ragged: "['right.weight'] are not contiguous",
         Thrifty: "a file of it holds 72 bytes",
         Heavy: "['index'] took memory",

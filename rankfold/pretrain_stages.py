@@ -1,0 +1,162 @@
+"""The stages of a pre-training run: processes, tokens, the model under training, the folder that is left."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfold.atomic import writing
+from rankfold.checkpoint import save, verify, write_report
+from rankfold.evaluate import bytes_on_disk
+from rankfold.layers import select
+from rankfold.metrics import Progress
+from rankfold.pretrain_data import Plan
+from rankfold.pretrain_model import build, check_kind, train_tokenizer
+from rankfold.pretrain_recipe import Training
+from rankfold.pretrain_run import Run
+from rankfold.pretrain_settings import Settings
+from rankfold.pretrain_tokens import Packed, load_facts, prepare, validation_windows
+from rankfold.pretrain_trainer import PretrainTrainer, Watch, arguments, collate
+from rankfold.regime import Regime
+from rankfold.report import Report
+from rankfold.trainer_callback import RegimeCallback, StepInBackwardCallback
+
+
+def processes(place: str) -> Any:
+    """The processes that torchrun started, or the one there is. Raises ValueError for a device that is not
+    there, and where Accelerate was told to shard the model."""
+    from accelerate import PartialState
+
+    if place not in ("cpu", "cuda"):
+        raise ValueError(f"--device {place!r}: cpu or cuda; CUDA_VISIBLE_DEVICES says which")
+    if place == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "rankfold pretrain shares the work by torchrun, with a whole model in every process; to shard "
+            "the model (FSDP2), use factorize_ and the Trainer: docs/pretraining.md"
+        )
+    # The others wait for as long as the first one reads text.
+    return PartialState(cpu=place == "cpu", timeout=timedelta(hours=12))
+
+
+def check_layers(chosen: Training, config: Any) -> None:
+    """Raise ValueError where the model is not causal, and where a layer does not take the options, asked of a
+    model without weights."""
+    check_kind(config)
+    layers = select(build(config, 0, "meta"), chosen.targets, chosen.skip)
+    for name, layer in layers.items() if chosen.recipe is not None else ():
+        try:
+            chosen.recipe.method.menu(layer.shape)  # type: ignore[union-attr]
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+
+
+def tokenize(
+    run: Run, plan: Plan, given: Any, size: int | None, tell: Progress
+) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer and the facts of the tokens on disk; what is there already is not made again.
+
+    given  the tokenizer, or None: trained, with `size` entries
+    """
+    from transformers import AutoTokenizer
+
+    if not run.tokenizer.is_dir():
+        if given is None:
+            assert size is not None
+            tell("tokenizer", 0, 1)
+            given = train_tokenizer(plan.training_text(), size)
+            tell("tokenizer", 1, 1)
+        with writing(run.tokenizer) as beside:
+            given.save_pretrained(beside)
+    tokenizer = given or AutoTokenizer.from_pretrained(str(run.tokenizer))
+    facts = load_facts(run.data)
+    return tokenizer, facts if facts is not None else prepare(run.data, plan, tokenizer, tell)
+
+
+@dataclass
+class Started:
+    """A model as it starts, and what trains it. `report` is that of `factorize_`, if the recipe is one."""
+
+    net: nn.Module
+    trainer: PretrainTrainer
+    watch: Watch
+    report: Report | None
+    regime: Regime | None
+    found: dict[str, Any] = field(default_factory=dict)  # what the regime's finish_ returned
+    warnings: list[str] = field(default_factory=list)
+
+    def finish_(self) -> nn.Module:
+        """The trained model as it is written: its regime ended, nothing of the training around it."""
+        # Accelerate keeps mixed precision around the forward pass.
+        self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_fp32_wrapper=False)
+        self.net.config.use_cache = True  # type: ignore[union-attr]  # the Trainer turns it off
+        if self.regime is not None:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.found = dict(self.regime.finish_())
+            self.warnings += sorted({str(item.message) for item in caught})
+        return self.net.eval()
+
+
+def start(
+    run: Run,
+    chosen: Training,
+    settings: Settings,
+    config: Any,
+    facts: dict[str, Any],
+    plan: Plan,
+    tell: Progress,
+    say: Callable[[str], None],
+) -> Started:
+    net = build(config, settings.seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report, regime = chosen.start_(net, settings.steps)
+    watch = Watch(tell, say, settings.per_layer)
+    callbacks: list[Any] = [RegimeCallback(regime, finish=False)] if regime else []
+    callbacks += [StepInBackwardCallback()] if settings.per_layer else []
+    watch.trainer = trainer = PretrainTrainer(
+        net,
+        arguments(run.folder, settings),
+        train_dataset=Packed(run.data, facts, settings.windows, settings.seed),
+        data_collator=collate,
+        callbacks=[*callbacks, watch],
+        windows=validation_windows(run.data, facts, plan.most_validation),
+    )
+    said = sorted({str(item.message) for item in caught})
+    return Started(net, trainer, watch, report, regime, warnings=said)
+
+
+def write(
+    net: nn.Module,
+    folder: Path,
+    report: Report,
+    tokenizer: Any,
+    example: dict[str, Any] | None,
+    overwrite: bool,
+    tell: Progress,
+) -> None:
+    """Save, and with an `example` reload and compare bit for bit."""
+    tell("write", 0, 1)
+    began = time.perf_counter()
+    save(net, folder, report=report, tokenizer=tokenizer, overwrite=overwrite)
+    report.timings["write"] = time.perf_counter() - began
+    tell("write", 1, 1)
+    if example is not None:
+        tell("verify", 0, 1)
+        began = time.perf_counter()
+        verify(net, folder, example)
+        report.timings["verify"] = time.perf_counter() - began
+        tell("verify", 1, 1)
+    report.totals["disk_after"] = bytes_on_disk(folder)["payload"]
+    write_report(report, folder)
