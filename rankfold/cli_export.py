@@ -42,9 +42,9 @@ def export(
 ) -> None:
     """Cut the low-rank layers of MODEL to a budget and write OUT: train once, deploy at any rank."""
     with session(json_):
-        from rankfold import pretrain_export
+        from rankfold.export import export as run
 
-        report, folder = pretrain_export.export(
+        report, folder = run(
             model,
             out,
             budget=budget,

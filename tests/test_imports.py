@@ -64,7 +64,7 @@ TIERS = (
     ("hf", "gguf"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress", "pretrain*"),
+    ("judge", "journey", "progress", "pretrain", "export"),
     ("cli*",),
 )
 

@@ -17,9 +17,9 @@ from toy_pretrain import RANKS, RUN, config, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankfold.hosts import hosts
-from rankfold.pretrain_model import build, override, read_config
-from rankfold.pretrain_run import seal
-from rankfold.pretrain_trainer import Stopped, validate
+from rankfold.pretrain.model import build, override, read_config
+from rankfold.pretrain.run import seal
+from rankfold.pretrain.trainer import Stopped, validate
 from rankfold.report import Report
 
 
@@ -225,14 +225,14 @@ def test_sizes_that_are_set_take_along_what_follows_them(tmp_path: Path) -> None
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rankfold import pretrain_trainer
+    from rankfold.pretrain import trainer
 
     def full(path: Path) -> None:
         if path.name == "checkpoint-4":
             raise OSError(28, "No space left on device")
         seal(path)
 
-    monkeypatch.setattr(pretrain_trainer, "seal", full)
+    monkeypatch.setattr(trainer, "seal", full)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path)
     monkeypatch.undo()

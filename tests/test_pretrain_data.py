@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from rankfold import data
-from rankfold.pretrain_data import Plan, parse_sources
-from rankfold.pretrain_model import train_tokenizer
-from rankfold.pretrain_tokens import (
+from rankfold.pretrain.data import Plan, parse_sources
+from rankfold.pretrain.model import train_tokenizer
+from rankfold.pretrain.tokens import (
     TRAIN,
     VALIDATION,
     Packed,
@@ -167,7 +167,7 @@ def test_the_state_of_a_dense_model_is_worked_out_as_it_is() -> None:
     pytest.importorskip("torchao")
     from torchao.optim import AdamW8bit
 
-    from rankfold.pretrain_memory import accounting, dense_accounting
+    from rankfold.pretrain.memory import accounting, dense_accounting
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 40))
     sizes = [p.numel() for p in model.parameters()]

@@ -19,13 +19,13 @@ from rankfold.checkpoint import save, verify, write_report
 from rankfold.evaluate import bytes_on_disk
 from rankfold.layers import select
 from rankfold.metrics import Progress
-from rankfold.pretrain_data import Plan
-from rankfold.pretrain_model import build, check_kind, train_tokenizer
-from rankfold.pretrain_recipe import Training
-from rankfold.pretrain_run import Run
-from rankfold.pretrain_settings import Settings
-from rankfold.pretrain_tokens import Packed, load_facts, prepare, validation_windows
-from rankfold.pretrain_trainer import PretrainTrainer, Watch, arguments, collate
+from rankfold.pretrain.data import Plan
+from rankfold.pretrain.model import build, check_kind, train_tokenizer
+from rankfold.pretrain.recipe import Training
+from rankfold.pretrain.run import Run
+from rankfold.pretrain.settings import Settings
+from rankfold.pretrain.tokens import Packed, load_facts, prepare, validation_windows
+from rankfold.pretrain.trainer import PretrainTrainer, Watch, arguments, collate
 from rankfold.regime import Regime
 from rankfold.report import Report
 from rankfold.trainer_callback import RegimeCallback, StepInBackwardCallback

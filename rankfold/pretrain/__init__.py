@@ -18,8 +18,8 @@ import torch
 
 from rankfold.checkpoint import check_folder
 from rankfold.judge import Bars
-from rankfold.pretrain_data import Plan, parse_sources
-from rankfold.pretrain_model import (
+from rankfold.pretrain.data import Plan, parse_sources
+from rankfold.pretrain.model import (
     check_length,
     check_settings,
     check_size,
@@ -28,13 +28,13 @@ from rankfold.pretrain_model import (
     override,
     read_config,
 )
-from rankfold.pretrain_recipe import training
-from rankfold.pretrain_report import report_of
-from rankfold.pretrain_run import Run, step_of
-from rankfold.pretrain_settings import Settings
-from rankfold.pretrain_stages import check_layers, processes, start, tokenize, write
-from rankfold.pretrain_tokens import validation_windows
-from rankfold.pretrain_trainer import Stopped, curves, stopping
+from rankfold.pretrain.recipe import training
+from rankfold.pretrain.report import report_of
+from rankfold.pretrain.run import Run, step_of
+from rankfold.pretrain.settings import Settings
+from rankfold.pretrain.stages import check_layers, processes, start, tokenize, write
+from rankfold.pretrain.tokens import validation_windows
+from rankfold.pretrain.trainer import Stopped, curves, stopping
 from rankfold.report import Report
 
 
@@ -80,7 +80,7 @@ def pretrain(
 ) -> tuple[Report | None, Path]:
     """Train, write OUT, and return its report (None on every process but the first) and its path.
 
-    options  of the recipe, those that are not None (see `pretrain_recipe.training`)
+    options  of the recipe, those that are not None (see `rankfold.pretrain.recipe.training`)
     clip     None: 1, or 0 where `per_layer` leaves nothing to clip
 
     The other arguments are those of `rankfold pretrain`; see `Settings` and `Plan`. Raises ValueError for bad

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from rankfold.atomic import writing
 from rankfold.metrics import Progress
-from rankfold.pretrain_data import Plan
+from rankfold.pretrain.data import Plan
 
 FACTS, TRAIN, VALIDATION = "facts.json", "train.bin", "validation.bin"
 _AT_ONCE = 64  # documents tokenized in one call

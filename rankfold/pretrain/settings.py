@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankfold.pretrain_trainer import OPTIMIZERS
+from rankfold.pretrain.trainer import OPTIMIZERS
 
 # What may change between two sessions of one run: it changes no loss.
 _FREE = ("eval_every", "save_every", "gradient_checkpointing")

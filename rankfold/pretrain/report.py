@@ -15,8 +15,8 @@ from torch import nn
 
 from rankfold.hosts import hosts
 from rankfold.layers import Layer, left_dense, select
-from rankfold.pretrain_memory import dense_accounting, peak
-from rankfold.pretrain_model import build
+from rankfold.pretrain.memory import dense_accounting, peak
+from rankfold.pretrain.model import build
 from rankfold.provenance import versions, weights_hash
 from rankfold.report import LayerRow, Report, SkippedRow
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rankfold.metrics import Progress
-from rankfold.pretrain_memory import accounting
-from rankfold.pretrain_run import seal
+from rankfold.pretrain.memory import accounting
+from rankfold.pretrain.run import seal
 
 LOSS = "step_loss"  # in the Trainer's log: of one step, its micro-batches and processes together
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_torch_8bit"}
