@@ -20,6 +20,7 @@ _HOME = {
     "Dense": "structures",
     "LowRank": "structures",
     "Sum": "structures",
+    "Sparse": "sparse",
     "SparseCode": "sparse_code",
     "Layer": "layers",
     "select": "layers",
@@ -30,6 +31,7 @@ _HOME = {
     "DecompositionError": "method",
     "SVD": "methods",
     "Dictionary": "methods",
+    "Scratch": "methods",
     "Frobenius": "metrics",
     "Activation": "metrics",
     "AbsMean": "metrics",
@@ -39,7 +41,15 @@ _HOME = {
     "Groups": "groups",
     "Recipe": "recipe",
     "store_values_": "storage",
+    "Regime": "regime",
+    "OrderedDropout": "ordered_dropout",
+    "Truncate": "truncate",
     "StraightThrough": "straight_through",
+    "StepInBackward": "step_in_backward",
+    "recalibrate_": "batch_norm",
+    "cut_": "cut",
+    "auto_": "automatic",
+    "LinformerAttention": "linformer",
     "calibrate": "factorize",
     "factorize_": "factorize",
     "Report": "report",
@@ -52,21 +62,30 @@ _MODULES = ("allocate", "checkpoint", "evaluate", "hf", "metrics", "recipes", "r
 
 if TYPE_CHECKING:
     from rankfold import allocate, checkpoint, data, evaluate, hf, metrics, recipes, report, testing
+    from rankfold.automatic import auto_
+    from rankfold.batch_norm import recalibrate_
     from rankfold.checkpoint import load_, save, to_dense_, verify
+    from rankfold.cut import cut_
     from rankfold.factorize import calibrate, factorize_
     from rankfold.groups import Groups
     from rankfold.layers import Layer, replace_, select
+    from rankfold.linformer import LinformerAttention
     from rankfold.method import Curve, DecompositionError, Method
-    from rankfold.methods import SVD, Dictionary
+    from rankfold.methods import SVD, Dictionary, Scratch
     from rankfold.metric import Metric
     from rankfold.metrics import KFAC, AbsMean, Activation, Calibration, Fisher, Frobenius
+    from rankfold.ordered_dropout import OrderedDropout
     from rankfold.recipe import Recipe
+    from rankfold.regime import Regime
     from rankfold.report import Report
+    from rankfold.sparse import Sparse
     from rankfold.sparse_code import SparseCode
+    from rankfold.step_in_backward import StepInBackward
     from rankfold.storage import store_values_
     from rankfold.straight_through import StraightThrough
     from rankfold.structure import Structure, build
     from rankfold.structures import Dense, LowRank, Sum
+    from rankfold.truncate import Truncate
 
 __all__ = [
     "KFAC",
@@ -82,25 +101,35 @@ __all__ = [
     "Frobenius",
     "Groups",
     "Layer",
+    "LinformerAttention",
     "LowRank",
     "Method",
     "Metric",
+    "OrderedDropout",
     "Recipe",
+    "Regime",
     "Report",
+    "Scratch",
+    "Sparse",
     "SparseCode",
+    "StepInBackward",
     "StraightThrough",
     "Structure",
     "Sum",
+    "Truncate",
     "allocate",
+    "auto_",
     "build",
     "calibrate",
     "checkpoint",
+    "cut_",
     "data",
     "evaluate",
     "factorize_",
     "hf",
     "load_",
     "metrics",
+    "recalibrate_",
     "recipes",
     "replace_",
     "report",

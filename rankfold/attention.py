@@ -241,9 +241,9 @@ def unpack_attention_(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str
     """Put a `MultiheadAttention` with the same weights where each `nn.MultiheadAttention` of `model` is, but
     for names that match a glob of `skip`; returns their names. Outputs do not change.
 
-    Call it before the optimizer is made, and on a fresh model before `load_` fills it from a folder. In eval
-    mode torch's fused path and its nested tensors are off: an `nn.TransformerEncoder` then computes padded
-    positions too, where it wrote zeros before. In training, dropout draws other numbers than before.
+    Call it before the optimizer is made; `load_` calls it where the folder has it. In eval mode torch's fused
+    path and its nested tensors are off: an `nn.TransformerEncoder` then computes padded positions too, where
+    it wrote zeros before. In training, dropout draws other numbers than before.
 
     Raises ValueError naming the module, before anything is replaced: for `add_bias_kv` and `add_zero_attn`,
     for a weight that another module shares, for a live optimizer that holds one, and where `model` itself is

@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankfold.atomic import check_folder, writing, writing_file
+from rankfold.attention import packed_attention, unpack_attention_
 from rankfold.card import card
 from rankfold.hosts import hosts
 from rankfold.layers import replace_
@@ -112,7 +113,7 @@ def _loader(folder: Path) -> str:
 
 def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Load a folder that `save` wrote from a plain module into `model`, a dense model of the same
-    architecture, in place.
+    architecture, in place. An `nn.MultiheadAttention` that was unpacked in the folder is unpacked here too.
 
     (A transformers folder loads through its own `from_pretrained`.) Raises ValueError for a damaged manifest
     and for tensors that are missing, left over, or of another shape or dtype class; the model is then
@@ -137,7 +138,10 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    skeleton = _skeleton(model, structures)
+    # An attention of torch, if it was unpacked into four layers when the folder was written.
+    unpacked = {key.partition(".q_proj.")[0] for key in state if ".q_proj." in key}
+    packed = [name for name in packed_attention(model) if name not in unpacked]
+    skeleton = _skeleton(model, structures, packed)
     expected = skeleton.state_dict(keep_vars=True)
     # A shared tensor is stored under one of its names.
     stored = {id(expected[key]): key for key in state if key in expected}
@@ -160,6 +164,7 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         validate(skeleton)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
+    unpack_attention_(model, skip=packed)
     places = {name: model.get_submodule(name).weight.device for name in structures}
     rebuild_(model, structures)
     _allocate_(model, places)
@@ -258,11 +263,12 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _skeleton(model: nn.Module, structures: Mapping[str, Any]) -> nn.Module:
+def _skeleton(model: nn.Module, structures: Mapping[str, Any], packed: Sequence[str]) -> nn.Module:
     """A copy of `model` on meta, with its structures in place: nothing is allocated, and `model` is not
     touched."""
     memo: dict[int, Any] = {id(t): _empty(t) for t in (*model.parameters(), *model.buffers())}
     skeleton = copy.deepcopy(model, memo)
+    unpack_attention_(skeleton, skip=packed)
     rebuild_(skeleton, structures)
     return skeleton
 

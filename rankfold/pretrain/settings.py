@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,6 +56,10 @@ class Settings:
             )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"--optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                '--optimizer adamw_8bit needs torchao, which is not installed: pip install "rankfold[train]"'
+            )
         if self.per_layer and self.clip:
             raise ValueError(
                 "--per-layer steps before all gradients are there, so that they cannot be clipped by their "
