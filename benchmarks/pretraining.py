@@ -215,27 +215,30 @@ class Runs:
         return math.inf if math.isnan(found) else found
 
     def walked(self, form: dict[str, Any], key: str, tokens: int) -> dict[str, Any]:
-        """Double or halve form[key] for as long as that helps."""
-        best = form
+        """Double form[key] for as long as that helps, then halve it from where it was; the better end."""
+        ends = []
         for factor in (2.0, 0.5):
+            best = form
             while self.judged(step := {**best, key: best[key] * factor}, tokens) < self.judged(best, tokens):
                 best = step
-            if best[key] != form[key]:
-                break
-        return best
+            ends.append(best)
+        return min(ends, key=lambda end: self.judged(end, tokens))
 
 
 def tuned(runs: Runs, name: str, tokens: int) -> dict[str, Any]:
-    """Low rank's start first; then the learning rate, the scale, and the learning rate once more."""
-    best: dict[str, Any] = {"form": name, "lr": START}
-    if name in ("low rank", "sltrain"):
-        best["scale"] = 1.0
+    """The learning rate, the scale, and the learning rate once more; of low rank for every start."""
+    starts: list[dict[str, Any]] = [{"form": name, "lr": START}]
+    if name == "sltrain":
+        starts = [{**starts[0], "scale": 1.0}]
     if name == "low rank":
-        best = min(({**best, "init": init} for init in INITS), key=lambda form: runs.judged(form, tokens))
-    best = runs.walked(best, "lr", tokens)
-    if "scale" in best:
-        best = runs.walked(runs.walked(best, "scale", tokens), "lr", tokens)
-    return best
+        starts = [{**starts[0], "scale": 1.0, "init": init} for init in INITS]
+    found = []
+    for best in starts:
+        best = runs.walked(best, "lr", tokens)
+        if "scale" in best:
+            best = runs.walked(runs.walked(best, "scale", tokens), "lr", tokens)
+        found.append(best)
+    return min(found, key=lambda form: runs.judged(form, tokens))
 
 
 def main() -> None:

@@ -58,6 +58,8 @@ DATA = "--data pydoc --train-tokenizer 300"
         (f"--recipe sltrane {DATA}", "Did you mean 'sltrain'"),
         (f"--recipe svd_llm {DATA}", "compresses weights that are trained"),
         (f"--recipe low_rank --penalty 1 {DATA}", "no option --penalty; it has --rank"),
+        (f"--recipe lrt --sparsity 0.5 {DATA}", "no option --sparsity; it has --rank"),
+        (f"--recipe lrt --rank 999 {DATA}", "would train the dense model; lower the rank"),
         (f"--recipe dense {DATA}", "recipe 'dense' factorizes nothing and has no --rank"),
         (f"--recipe maestro {DATA}", "no option --rank; it has --penalty"),
         (f"--targets *.qproj {DATA}", "Did you mean '*.q_proj'"),

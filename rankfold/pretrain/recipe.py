@@ -119,6 +119,8 @@ def training(
             f"{', '.join(names_of())}"
         )
     fields = list(vars(recipe.method))
+    if getattr(recipe.method, "sparsity", 0) is None:  # low rank alone; with a sparse term it is `sltrain`
+        fields.remove("sparsity")
     for key in given:
         if key not in fields:
             raise ValueError(_no_option(name, key, [f for f in fields if f in options]))

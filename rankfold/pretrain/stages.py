@@ -54,11 +54,20 @@ def check_layers(chosen: Training, config: Any) -> None:
     model without weights."""
     check_kind(config)
     layers = select(build(config, 0, "meta"), chosen.targets, chosen.skip)
-    for name, layer in layers.items() if chosen.recipe is not None else ():
+    if chosen.recipe is None:
+        return
+    taken = 0
+    for name, layer in layers.items():
         try:
-            chosen.recipe.method.menu(layer.shape)  # type: ignore[union-attr]
+            taken += bool(chosen.recipe.method.menu(layer.shape))
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
+    if not taken:
+        smallest = min((layer.shape for layer in layers.values()), key=min)
+        raise ValueError(
+            f"recipe {chosen.name!r} with these options saves nothing in any of the {len(layers)} layers "
+            f"(one is {smallest}), and would train the dense model; lower the rank"
+        )
 
 
 def tokenize(
