@@ -32,7 +32,7 @@ from rankfold.factorize import factorize_
 VOCABULARY, LENGTH, BATCH = 8192, 128, 4
 HIDDEN, INNER, LAYERS, HEADS = 384, 1024, 3, 6
 RANK, SPARSITY = 36, 0.10
-SEEDS, TUNING_SEED = (0, 1, 2), 100
+TUNING_SEED = 100
 START = 2e-3  # the learning rate at which the search begins
 # "zero" is not among them: every matrix of a block would be zero, and none would ever get a gradient.
 INITS = ("torch", "variance_preserving", "svd_of_dense")
@@ -245,6 +245,8 @@ def main() -> None:
     chosen = setting.arguments(
         __doc__,
         stage={"choices": ["tune", "final"], "default": "final"},
+        seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
+        settings={"nargs": "+", "type": json.loads, "help": "JSON objects, judged as they are: no search"},
         forms={"nargs": "+", "default": ["full rank", "low rank", "sltrain"]},
         keep={"type": Path, "default": Path("runs"), "help": "folder of the runs (default runs)"},
         tune_tokens={"type": int, "default": 150_000, "help": "tokens of a tuning run (default 150,000)"},
@@ -253,19 +255,26 @@ def main() -> None:
     data = parts()
     print({name: len(ids) for name, ids in data.items()}, flush=True)
     runs = Runs(chosen.keep, data)
-    best = {name: tuned(runs, name, chosen.tune_tokens) for name in chosen.forms}
+    best = chosen.settings or [tuned(runs, name, chosen.tune_tokens) for name in chosen.forms]
     if chosen.stage == "tune":
         print(json.dumps(best, indent=1))
         return
-    rows, found = [], {}
-    for name, form in best.items():
-        found[name] = [runs.of(form, seed, chosen.tokens, "test") for seed in SEEDS]
-        each = [run["perplexity"] for run in found[name]]
-        spread = f"{statistics.fmean(each):.1f} ± {statistics.stdev(each):.1f}"
+    rows, found = [], []
+    for form in best:
+        done = [runs.of(form, seed, chosen.tokens, "test") for seed in chosen.seeds]
+        each = [run["perplexity"] for run in done]
+        spread = f"{statistics.fmean(each):.1f}" + (f" ± {statistics.stdev(each):.1f}" if each[1:] else "")
         how = ", ".join(str(form[key]) for key in ("lr", "scale", "init") if key in form)
-        size = [found[name][0][key] for key in ("parameters", "block_parameters")]
-        rows.append([name, how, *size, *each, spread])
-    heads = ["form", "lr, scale, start", "parameters", "of the blocks", *(f"seed {s}" for s in SEEDS), "mean"]
+        rows.append([form["form"], how, done[0]["parameters"], done[0]["block_parameters"], *each, spread])
+        found += done
+    heads = [
+        "form",
+        "lr, scale, start",
+        "parameters",
+        "of the blocks",
+        *(f"seed {seed}" for seed in chosen.seeds),
+        "mean",
+    ]
     facts = {"tokens": chosen.tokens, "tune_tokens": chosen.tune_tokens, "best": best, "runs": found}
     setting.finish(
         "Test perplexity of a language model from scratch", facts, setting.table(heads, rows), chosen

@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankfold.allocate import fixed
 from rankfold.attention import packed_attention, unpack_attention_
 from rankfold.factorize import factorize_
 from rankfold.hosts import hosts
-from rankfold.layers import Layer, excluded, left_dense, replace_, select, why_not
+from rankfold.layers import Layer, excluded, replace_, select, skeleton, why_not
 from rankfold.methods.at_ranks import AtRanks
 from rankfold.metrics import Frobenius
+from rankfold.outcome import skipped_of, totals_of
 from rankfold.recipe import Recipe
-from rankfold.report import Report, SkippedRow
+from rankfold.report import Report
 
 SOLVERS = ("svd", "random")
 LIMITS = ("break_even", "channels")
@@ -125,7 +125,7 @@ def plan(
     _check_rank(rank)
     if limit not in LIMITS:
         raise ValueError(f"limit={limit!r} is not one of {LIMITS}")
-    model = _skeleton(model)
+    model = skeleton(model)
     unable = [name for name, reason in packed_attention(model).items() if reason is not None]
     # A transformers model is rebuilt from its config, which knows nothing of other attention modules.
     unpack_attention_(model, skip=["*"] if hasattr(model, "save_pretrained") else _exactly(unable))
@@ -230,34 +230,18 @@ def _exactly(names: Iterable[str]) -> list[str]:
     return [glob.escape(name) for name in names]
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy on the meta device: nothing is allocated, and `model` is not touched."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
-
-
 def _nothing(model: nn.Module, recipe: Recipe, planned: Plan) -> Report:
     """The report of a call that found nothing to do."""
     parameters = list(model.parameters())
     nbytes = sum(p.numel() * p.element_size() for p in parameters)
-    totals = {"selected_before": 0, "selected_after": 0, "macs_before": 0, "macs_after": 0}
-    totals |= {"model_before": nbytes, "model_after": nbytes}
-    totals |= {"params_before": planned.params_before, "params_after": planned.params_after}
-    skipped = [
-        SkippedRow(name=name, shape=tuple(p.shape), bytes=p.numel() * p.element_size(), reason=reason)
-        for name, p, reason in left_dense(model, {})
-    ]
     dtype = str(parameters[0].dtype).removeprefix("torch.") if parameters else ""
     return Report(
         recipe=recipe.to_json(),
         budget=1.0,
         reached=1.0,
         layers=[],
-        skipped=skipped,
-        totals=totals,
+        skipped=skipped_of(model, {}),
+        totals=totals_of([], nbytes, planned.params_before),
         dtype=dtype,
     )
 

@@ -8,12 +8,11 @@ with the manifest (see `rankfold.manifest`) as `quantization_config`. Any other 
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from rankfold.atomic import check_folder, writing, writing_file
 from rankfold.attention import packed_attention, unpack_attention_
 from rankfold.card import card
 from rankfold.hosts import hosts
-from rankfold.layers import replace_
+from rankfold.layers import replace_, skeleton
 from rankfold.manifest import check_manifest, manifest, rebuild_, recipe_of, stamp_, unstamp_, validate
 from rankfold.report import Report
 
@@ -141,8 +140,10 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     # An attention of torch, if it was unpacked into four layers when the folder was written.
     unpacked = {key.partition(".q_proj.")[0] for key in state if ".q_proj." in key}
     packed = [name for name in packed_attention(model) if name not in unpacked]
-    skeleton = _skeleton(model, structures, packed)
-    expected = skeleton.state_dict(keep_vars=True)
+    meta = skeleton(model)
+    unpack_attention_(meta, skip=packed)
+    rebuild_(meta, structures)
+    expected = meta.state_dict(keep_vars=True)
     # A shared tensor is stored under one of its names.
     stored = {id(expected[key]): key for key in state if key in expected}
     missing = sorted(key for key, tensor in expected.items() if id(tensor) not in stored)
@@ -160,8 +161,8 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             )
     state = {key: state[stored[id(tensor)]] for key, tensor in expected.items()}
     try:  # on the skeleton first: what a structure refuses must not have touched the model
-        skeleton.load_state_dict(state, assign=True)
-        validate(skeleton)
+        meta.load_state_dict(state, assign=True)
+        validate(meta)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     unpack_attention_(model, skip=packed)
@@ -263,17 +264,7 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _skeleton(model: nn.Module, structures: Mapping[str, Any], packed: Sequence[str]) -> nn.Module:
-    """A copy of `model` on meta, with its structures in place: nothing is allocated, and `model` is not
-    touched."""
-    memo: dict[int, Any] = {id(t): _empty(t) for t in (*model.parameters(), *model.buffers())}
-    skeleton = copy.deepcopy(model, memo)
-    unpack_attention_(skeleton, skip=packed)
-    rebuild_(skeleton, structures)
-    return skeleton
-
-
-def _empty(tensor: Tensor, device: Any = "meta") -> Tensor:
+def _empty(tensor: Tensor, device: Any) -> Tensor:
     empty = torch.empty_like(tensor, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 

@@ -12,7 +12,19 @@ import typer
 from rich.console import Console
 
 from rankfold import cli_export, cli_pretrain
-from rankfold.cli_options import Data, Device, Dtype, Json, Model
+from rankfold.cli_options import (
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    Skip,
+    Targets,
+    Unit,
+    Verify,
+)
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
@@ -22,24 +34,19 @@ __all__ = ["app", "cli_export", "cli_pretrain", "main"]  # importing those two r
 @app.command()
 def compress(
     model: Model,
-    out: Annotated[str, typer.Argument(help="folder to write; refused if it exists and is not empty")],
+    out: Out,
     recipe: Annotated[
         str, typer.Option(help="a name from `rankfold recipes`, a recipe's JSON file, or a compressed folder")
     ] = "best",
     budget: Annotated[
         float, typer.Option(help="fraction of the selected layers' cost that is KEPT, in (0, 1]")
     ] = 0.8,
-    unit: Annotated[str, typer.Option(help="what the budget counts: nbytes, params or macs")] = "nbytes",
+    unit: Unit = "nbytes",
     calib: Annotated[
         str | None, typer.Option(help="calibration text, NAME[:split][:NxL]; default wikipedia:train:64x512")
     ] = None,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(help="glob of layer names, repeatable; default: all but embeddings, heads"),
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="glob of layer names to leave alone, repeatable")
-    ] = None,
+    targets: Targets = None,
+    skip: Skip = None,
     metrics: Annotated[
         str | None, typer.Option(help="file to keep the calibration in, and to reuse it from")
     ] = None,
@@ -62,10 +69,8 @@ def compress(
     evaluate: Annotated[
         bool, typer.Option(help="measure quality and speed before and after, on --data")
     ] = True,
-    verify: Annotated[bool, typer.Option(help="reload what was written and compare it bit for bit")] = True,
-    overwrite: Annotated[
-        bool, typer.Option(help="replace OUT if it is not empty (only when everything has succeeded)")
-    ] = False,
+    verify: Verify = True,
+    overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Factorize MODEL to a budget and write OUT, an ordinary Hugging Face folder with a report page."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rankfold.cli_options import Data, Device, Dtype, Json, Model
+from rankfold.cli_options import Data, Device, Dtype, Json, Model, Out, Overwrite, Unit, Verify
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
@@ -14,11 +14,11 @@ from rankfold.progress import bars
 @app.command()
 def export(
     model: Model,
-    out: Annotated[str, typer.Argument(help="folder to write; refused if it exists and is not empty")],
+    out: Out,
     budget: Annotated[
         float, typer.Option(help="fraction of the DENSE cost of the low-rank layers that is KEPT, in (0, 1]")
     ],
-    unit: Annotated[str, typer.Option(help="what the budget counts: nbytes, params or macs")] = "nbytes",
+    unit: Unit = "nbytes",
     order: Annotated[
         str,
         typer.Option(help="prefix: components as trained (maestro --nested); svd: sorted first, any other"),
@@ -34,10 +34,8 @@ def export(
     seed: Annotated[int, typer.Option(help="draws the windows of --calib")] = 0,
     dtype: Dtype = None,
     device: Device = None,
-    verify: Annotated[bool, typer.Option(help="reload what was written and compare it bit for bit")] = True,
-    overwrite: Annotated[
-        bool, typer.Option(help="replace OUT if it is not empty (only when everything has succeeded)")
-    ] = False,
+    verify: Verify = True,
+    overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Cut the low-rank layers of MODEL to a budget and write OUT: train once, deploy at any rank."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankfold.cli_options import Json
+from rankfold.cli_options import Json, Overwrite, Skip, Targets, Verify
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
@@ -54,13 +54,8 @@ def pretrain(
     nested: Annotated[
         bool, typer.Option("--nested", help="maestro: keep every layer a product, for `rankfold export`")
     ] = False,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(help="glob of layer names, repeatable; default: all but embeddings, heads"),
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="glob of layer names to leave dense, repeatable")
-    ] = None,
+    targets: Targets = None,
+    skip: Skip = None,
     # the model and its text
     set_: Annotated[
         list[str] | None,
@@ -117,10 +112,8 @@ def pretrain(
     keep_run: Annotated[
         bool, typer.Option("--keep-run", help="leave OUT.run, with its checkpoints, when all is done")
     ] = False,
-    verify: Annotated[bool, typer.Option(help="reload what was written and compare it bit for bit")] = True,
-    overwrite: Annotated[
-        bool, typer.Option(help="replace OUT if it is not empty (only when everything has succeeded)")
-    ] = False,
+    verify: Verify = True,
+    overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Train a language model from scratch, small from its first step, and write OUT, an ordinary folder.

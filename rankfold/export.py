@@ -6,25 +6,24 @@ nats per token, and what the ranks of every layer became.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rankfold import data as texts
-from rankfold.checkpoint import check_folder, save, verify, write_report
+from rankfold.checkpoint import check_folder
 from rankfold.cut import Cut, cut_
-from rankfold.evaluate import bytes_on_disk
 from rankfold.factorize import check_weights
 from rankfold.hosts import hosts
 from rankfold.inputs import read_batches
-from rankfold.journey import twin_of
-from rankfold.judge import Bars, side_by_side
+from rankfold.journey import evaluate_into, twin_of, write
+from rankfold.judge import Bars
 from rankfold.loading import Opened, open_model
 from rankfold.manifest import recipe_of
+from rankfold.outcome import row_of, take_, totals_of
 from rankfold.provenance import versions, weights_hash
-from rankfold.report import LayerRow, Report, SkippedRow
+from rankfold.report import Report, SkippedRow
 
 
 def export(
@@ -73,25 +72,11 @@ def export(
         report.data, report.seed, report.weights_hash = facts, seed, before
         report.timings, report.versions = seconds, versions()
         if twin is not None and held is not None:
-            began = time.perf_counter()
-            report.evaluation = side_by_side(opened, twin, held, held_facts, tell)
-            report.warnings += report.evaluation.pop("warnings", [])
-            for row in ("dense", "compressed"):  # the totals have them
-                report.evaluation[row].pop("bytes", None)
-            report.evaluation["data"] = {**(held_facts or {}), "before": "the model as trained, uncut"}
-            report.timings["evaluate"] = time.perf_counter() - began
-        tell("write", 0, 1)
-        began = time.perf_counter()
-        save(net, folder, report=report, tokenizer=opened.tokenizer, overwrite=overwrite)
-        report.timings["write"] = time.perf_counter() - began
-        tell("write", 1, 1)
-        if check:
-            tell("verify", 0, 1)
-            example = next(iter(held or batches or []), None)
-            verify(net, folder, example if isinstance(example, Mapping) else None)
-            tell("verify", 1, 1)
-    report.totals["disk_after"] = bytes_on_disk(folder)["payload"]
-    write_report(report, folder)
+            found = evaluate_into(report, opened, twin, held, held_facts, tell)
+            found["data"] = {**(held_facts or {}), "before": "the model as trained, uncut"}
+            found["dense"]["bytes_on_disk"] = size
+        example = next(iter(held or batches or []), None)
+        write(net, folder, report, opened.tokenizer, example, check=check, overwrite=overwrite, tell=tell)
     return report, folder
 
 
@@ -122,29 +107,13 @@ def _report(
     net, rows = opened.model, []
     now = hosts(net)
     for name, rank in done.ranks.items():
-        old, host = was[name], now.get(name)
-        weight: Any = host.weight if host is not None else None
-        entries = math.prod(old["shape"])
+        old = was[name]
         width = next(p.element_size() for p in net.get_submodule(name).parameters())
-        rows.append(
-            LayerRow(
-                name=name,
-                type=name.rpartition(".")[2],
-                block=next((int(part) for part in name.split(".") if part.isdigit()), None),
-                host=old["host"],
-                shape=old["shape"],
-                structure=weight.kind if weight is not None else "dense",
-                size=rank,
-                spec=weight.spec() if weight is not None else None,
-                bytes_before=entries * width,
-                bytes_after=weight.nbytes if weight is not None else entries * width,
-                params_before=entries,
-                params_after=weight.params if weight is not None else entries,
-                macs_before=entries,
-                macs_after=weight.macs if weight is not None else entries,
-                note=f"trained at rank {old['rank']}" if rank is not None else "ordinary, which is smaller",
-            )
-        )
+        row = row_of(name, old["host"], old["shape"], width)
+        if name in now:
+            take_(row, now[name].weight, rank)
+        row.note = f"trained at rank {old['rank']}" if rank is not None else "ordinary, which is smaller"
+        rows.append(row)
     stored = sum(was[row.name]["nbytes"] for row in rows)
     held = sum(was[row.name]["params"] for row in rows)
     return Report(
@@ -161,16 +130,11 @@ def _report(
             for name, p in net.named_parameters()
             if p.dim() >= 2 and not any(name.startswith(f"{row.name}.") for row in rows)
         ],
-        totals={
-            "selected_before": sum(row.bytes_before for row in rows),
-            "selected_after": sum(row.bytes_after for row in rows),
-            "model_before": size - stored + sum(row.bytes_before for row in rows),
-            "model_after": sum(p.numel() * p.element_size() for p in net.parameters()),
-            "params_before": parameters - held + sum(row.params_before for row in rows),
-            "params_after": sum(p.numel() for p in net.parameters()),
-            "macs_before": sum(row.macs_before for row in rows),
-            "macs_after": sum(row.macs_after for row in rows),
-        },
+        totals=totals_of(
+            rows,
+            size - stored + sum(row.bytes_before for row in rows),
+            parameters - held + sum(row.params_before for row in rows),
+        ),
         allocation={"allocator": "lagrangian" if calibrated else "energy", "error": done.error},
         dtype=str(next(net.parameters()).dtype).removeprefix("torch."),
     )

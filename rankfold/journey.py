@@ -26,8 +26,9 @@ from rankfold.groups import stacks
 from rankfold.inputs import CALIB, TEST, open_recipe, read_batches
 from rankfold.judge import Bars, side_by_side
 from rankfold.layers import select
-from rankfold.loading import open_model
+from rankfold.loading import Opened, open_model
 from rankfold.methods import Dictionary
+from rankfold.metrics import Progress
 from rankfold.provenance import versions, weights_hash
 from rankfold.recipe import Recipe
 from rankfold.report import Report
@@ -123,25 +124,63 @@ def compress(
         report.versions, report.seed = versions(), seed
         report.warnings += how_applied(net)
         if twin is not None and held_out is not None:
-            start = time.perf_counter()
-            report.evaluation = side_by_side(opened, twin, held_out, held_facts, tell)
-            report.warnings += report.evaluation.pop("warnings", [])
-            report.timings["evaluate"] = time.perf_counter() - start
-        tell("write", 0, 1)
-        start = time.perf_counter()
-        save(net, folder, report=report, tokenizer=opened.tokenizer, overwrite=overwrite)
-        report.timings["write"] = time.perf_counter() - start
-        tell("write", 1, 1)
-        if check:
-            tell("verify", 0, 1)
-            start = time.perf_counter()
-            example = next(iter(held_out or batches or []), None)
-            verify(net, folder, example if isinstance(example, Mapping) else None)
-            report.timings["verify"] = time.perf_counter() - start
-            tell("verify", 1, 1)
-    _measure_disk(report, folder)
-    write_report(report, folder)
+            found = evaluate_into(report, opened, twin, held_out, held_facts, tell)
+            found["dense"]["bytes_on_disk"] = report.totals["model_before"]
+        example = next(iter(held_out or batches or []), None)
+        write(net, folder, report, opened.tokenizer, example, check=check, overwrite=overwrite, tell=tell)
     return report, folder
+
+
+def write(
+    model: nn.Module,
+    folder: Path,
+    report: Report,
+    tokenizer: Any,
+    example: Any,
+    *,
+    check: bool,
+    overwrite: bool,
+    tell: Progress,
+) -> None:
+    """Save a model with its report, reload and compare it bit for bit if `check`, and put the bytes that the
+    files hold in the place of what tensors promise.
+
+    example  a batch to compare logits on as well, if it is a mapping of the model's arguments
+    """
+    tell("write", 0, 1)
+    start = time.perf_counter()
+    save(model, folder, report=report, tokenizer=tokenizer, overwrite=overwrite)
+    report.timings["write"] = time.perf_counter() - start
+    tell("write", 1, 1)
+    if check:
+        tell("verify", 0, 1)
+        start = time.perf_counter()
+        verify(model, folder, example if isinstance(example, Mapping) else None)
+        report.timings["verify"] = time.perf_counter() - start
+        tell("verify", 1, 1)
+    payload = report.totals["disk_after"] = bytes_on_disk(folder)["payload"]
+    if report.evaluation:
+        report.evaluation["compressed"]["bytes_on_disk"] = payload
+    write_report(report, folder)
+
+
+def evaluate_into(
+    report: Report,
+    opened: Opened,
+    twin: nn.Module,
+    batches: Any,
+    facts: Mapping[str, Any] | None,
+    tell: Progress,
+) -> dict[str, Any]:
+    """Evaluate the twin, which is the original, and the opened model; the evaluation, now the report's."""
+    start = time.perf_counter()
+    found = side_by_side(opened, twin, batches, facts, tell)
+    report.warnings += found.pop("warnings", [])
+    for row in ("dense", "compressed"):  # the totals have them, and say of which layers
+        found[row].pop("bytes", None)
+    report.evaluation = found
+    report.timings["evaluate"] = time.perf_counter() - start
+    return found
 
 
 def stored_as(recipe: Recipe, storage: str) -> Recipe:
@@ -159,14 +198,3 @@ def twin_of(model: nn.Module) -> nn.Module:
     factorized."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
-
-
-def _measure_disk(report: Report, folder: Path) -> None:
-    """Replace what tensors promise by what the files hold."""
-    payload = bytes_on_disk(folder)["payload"]
-    report.totals["disk_after"] = payload
-    if report.evaluation:
-        for row in ("dense", "compressed"):  # the totals have them, and say of which layers
-            report.evaluation[row].pop("bytes", None)
-        report.evaluation["compressed"]["bytes_on_disk"] = payload
-        report.evaluation["dense"]["bytes_on_disk"] = report.totals["model_before"]

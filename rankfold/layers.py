@@ -7,11 +7,14 @@ replace_ puts a host where the layer was;  left_dense  says what stays dense, an
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -225,6 +228,17 @@ def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
         for child_name, child in list(parent.named_children()):
             if child is old:
                 setattr(parent, child_name, module)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device: nothing is allocated, and `model` is not touched."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return copy.deepcopy(model, memo)
 
 
 def _has_matrix(module: nn.Module) -> bool:

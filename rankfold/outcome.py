@@ -33,7 +33,11 @@ def fit(
 
     What the layers of a group share is counted once, in equal parts: the rows add up to what is stored.
     """
-    rows = [_row(name, layer, item, curve) for name, layer in item.layers.items()]
+    facts = {"spectrum": _sampled(curve.spectrum), "full_rank": min(item.shape)}
+    rows = [
+        row_of(name, layer.host, layer.shape, layer.tensor.element_size(), **facts)
+        for name, layer in item.layers.items()
+    ]
     if size is None:
         for row in rows:
             row.note = _why_dense(item, metrics, curve)
@@ -63,8 +67,7 @@ def fit(
         if method.fresh:
             row.error, row.relative_error = 0.0, math.nan
             row.note = "starts anew at random; nothing of the weight is kept"
-        row.structure, row.size, row.spec = part.kind, size, part.spec()
-        row.bytes_after, row.params_after, row.macs_after = part.nbytes, part.params, part.macs
+        take_(row, part, size)
         if shared:
             keys = [key for key, parameter in part.named_parameters() if id(parameter) in shared]
             others = ", ".join(name for name in parts if name != row.name)
@@ -76,24 +79,57 @@ def fit(
     return parts, rows
 
 
-def _row(name: str, layer: Layer, item: Stack, curve: Curve) -> LayerRow:
-    count, dense = layer.tensor.numel(), layer.tensor.numel() * layer.tensor.element_size()
+def row_of(name: str, host: str, shape: tuple[int, int], width: int, **facts: Any) -> LayerRow:
+    """The row of a layer that is dense, of `width` bytes an entry; `facts` are other fields of the row."""
+    count = shape[0] * shape[1]
     return LayerRow(
         name=name,
         type=name.rpartition(".")[2],
         block=next((int(part) for part in name.split(".") if part.isdigit()), None),
-        host=layer.host,
-        shape=layer.shape,
+        host=host,
+        shape=shape,
         structure="dense",
-        bytes_before=dense,
-        bytes_after=dense,
+        bytes_before=count * width,
+        bytes_after=count * width,
         params_before=count,
         params_after=count,
         macs_before=count,
         macs_after=count,
-        spectrum=_sampled(curve.spectrum),
-        full_rank=min(item.shape),
+        **facts,
     )
+
+
+def take_(row: LayerRow, structure: Structure, size: Any) -> None:
+    """Write into a row what the layer became, and what that costs."""
+    row.structure, row.size, row.spec = structure.kind, size, structure.spec()
+    row.bytes_after, row.params_after, row.macs_after = structure.nbytes, structure.params, structure.macs
+
+
+def skipped_of(model: nn.Module, layers: Mapping[str, Layer]) -> list[SkippedRow]:
+    """The matrices of a model that are not among `layers`, with the reason."""
+    return [
+        SkippedRow(name=name, shape=tuple(p.shape), bytes=p.numel() * p.element_size(), reason=reason)
+        for name, p, reason in left_dense(model, layers)
+    ]
+
+
+def totals_of(rows: Sequence[LayerRow], nbytes: int, params: int) -> dict[str, int]:
+    """Sums over the rows, and the whole model, which had `nbytes` and `params` before."""
+    sums = {
+        f"{key}_{when}": sum(getattr(row, f"{key}_{when}") for row in rows)
+        for key in ("bytes", "params", "macs")
+        for when in ("before", "after")
+    }
+    return {
+        "selected_before": sums["bytes_before"],
+        "selected_after": sums["bytes_after"],
+        "model_before": nbytes,
+        "model_after": nbytes - sums["bytes_before"] + sums["bytes_after"],
+        "params_before": params,
+        "params_after": params - sums["params_before"] + sums["params_after"],
+        "macs_before": sums["macs_before"],
+        "macs_after": sums["macs_after"],
+    }
 
 
 def _why_dense(item: Stack, metrics: Mapping[str, Metric], curve: Curve) -> str:
@@ -133,10 +169,7 @@ def report_of(
     lost = sum(row.error for row in rows)
     for row in rows:
         row.loss_share = row.error / lost if lost > 0 else 0.0
-    before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
     parameters = list(model.parameters())
-    whole = sum(p.numel() * p.element_size() for p in parameters)
-    count = sum(p.numel() for p in parameters)
     key = {"nbytes": "bytes", "params": "params", "macs": "macs"}[unit]
     spent = sum(getattr(r, f"{key}_after") for r in rows) / max(
         sum(getattr(r, f"{key}_before") for r in rows), 1
@@ -147,20 +180,12 @@ def report_of(
         reached=spent,
         unit=unit,
         layers=rows,
-        skipped=[
-            SkippedRow(name=name, shape=tuple(p.shape), bytes=p.numel() * p.element_size(), reason=reason)
-            for name, p, reason in left_dense(model, layers)
-        ],
-        totals={
-            "selected_before": before,
-            "selected_after": after,
-            "model_before": whole,
-            "model_after": whole - before + after,
-            "params_before": count,
-            "params_after": count - sum(r.params_before - r.params_after for r in rows),
-            "macs_before": sum(r.macs_before for r in rows),
-            "macs_after": sum(r.macs_after for r in rows),
-        },
+        skipped=skipped_of(model, layers),
+        totals=totals_of(
+            rows,
+            sum(p.numel() * p.element_size() for p in parameters),
+            sum(p.numel() for p in parameters),
+        ),
         allocation={
             "allocator": recipe.to_json()["allocate"],
             "cost": chosen.cost,

@@ -12,27 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from toy_automatic import SOLVERS, count, low, net
 
 from rankfold.automatic import auto, auto_, plan
 from rankfold.hosts import Linear, hosts
-from rankfold.structures import LowRank
-
-SOLVERS = ("svd", "random")
-
-
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 24))
-
-
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def low(model: nn.Module, name: str) -> LowRank:
-    structure = model.get_submodule(name).weight
-    assert isinstance(structure, LowRank)
-    return structure
-
 
 # Trap 1
 

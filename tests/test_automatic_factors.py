@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from toy_automatic import SOLVERS, count, low, net
 
 import rankfold
 from rankfold import recipes
@@ -23,25 +24,7 @@ from rankfold.hosts import hosts
 from rankfold.methods.at_ranks import AtRanks
 from rankfold.metric import Metric
 from rankfold.recipe import Recipe
-from rankfold.structures import LowRank
 from rankfold.testing import check_method
-
-SOLVERS = ("svd", "random")
-
-
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 24))
-
-
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def low(model: nn.Module, name: str) -> LowRank:
-    structure = model.get_submodule(name).weight
-    assert isinstance(structure, LowRank)
-    return structure
-
 
 # Trap 10
 

@@ -24,7 +24,8 @@ NAMES = [
 ]
 
 pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo"
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="two processes on a CPU talk by gloo, which this build of torch lacks",
 )
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_steps import DATA, same
-from transformers import Trainer, TrainingArguments
+from toy_steps import DATA, same, trainer
 
 import rankfold
 from rankfold.methods import SVD
@@ -108,39 +107,12 @@ def test_the_trainer_is_told_of_an_optimizer_made_too_early(
     model, regime = tiny_llama(), OrderedDropout(penalty=0.0)
     stranger = torch.optim.AdamW(tiny_llama().parameters())
     regime.start_(model)
-    run = trainer(model, tmp_path, RegimeCallback(regime), optimizers=(stranger, None))
+    run = trainer(model, tmp_path, RegimeCallback(regime), make={"optimizers": (stranger, None)})
     with pytest.raises(ValueError, match="made before the model was factorized"):
         run.train()
 
 
 # 8-bit Adam
-
-
-def trainer(
-    model: Any, out: Path, *callbacks: Any, optimizers: Any = (None, None), **options: Any
-) -> Trainer:
-    defaults: dict[str, Any] = {
-        "output_dir": str(out),
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 0,
-        "dataloader_pin_memory": False,
-    }
-    arguments = TrainingArguments(**(defaults | options))
-    return Trainer(
-        model,
-        arguments,
-        train_dataset=DATA,  # type: ignore[arg-type]
-        callbacks=list(callbacks),
-        optimizers=optimizers,
-    )
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_packaged_speeches_and_chapters(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_the_state_of_a_dense_model_is_worked_out_as_it_is() -> None:
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="8-bit Adam is torchao's: pip install torchao")
     from torchao.optim import AdamW8bit
 
     from rankfold.pretrain.memory import accounting, dense_accounting

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import toy_steps
 from torch import Tensor
 from toy_regimes import FORMS, train
 from toy_steps import DATA, same
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from rankfold.hosts import hosts
 from rankfold.trainer_callback import RegimeCallback
@@ -31,29 +32,10 @@ def trainer(model: Any, regime: Any, out: Path, seen: list[Any] | None = None, *
             seen.append(batch)
         return batch
 
-    defaults: dict[str, Any] = {
-        "output_dir": str(out),
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 0,
-        "dataloader_pin_memory": False,
-    }
-    return Trainer(
-        model,
-        TrainingArguments(**(defaults | options)),
-        data_collator=collate,
-        train_dataset=DATA,  # type: ignore[arg-type]
-        callbacks=[RegimeCallback(regime, finish=False)],
-    )
+    defaults = {"learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"}
+    make = {"data_collator": collate, "train_dataset": DATA}
+    callback = RegimeCallback(regime, finish=False)
+    return toy_steps.trainer(model, out, callback, make=make, **(defaults | options))
 
 
 def started(form: str, tiny_llama: Callable[..., Any]) -> tuple[Any, Any]:

@@ -7,31 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_steps import DATA, factorized, gradients_alive, same
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from toy_steps import DATA, factorized, gradients_alive, same, trainer
+from transformers import TrainerCallback
 
 import rankfold
 from rankfold.straight_through import StraightThrough
 from rankfold.trainer_callback import RegimeCallback, StepInBackwardCallback
-
-
-def trainer(model: Any, out: Path, *callbacks: Any, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "output_dir": str(out),
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 0,
-        "dataloader_pin_memory": False,
-    }
-    arguments = TrainingArguments(**(defaults | options))
-    return Trainer(model, arguments, train_dataset=DATA, callbacks=list(callbacks))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

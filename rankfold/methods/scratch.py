@@ -36,7 +36,8 @@ class Scratch(Method, kind="scratch"):
               alone
     alpha     s = alpha / rank; None: s = 1
     init      of the product, by U(-a, a):
-              "zero"  left 0 and right a = 1/√in, so that W starts as the sparse term [SLTrain, LoRA]
+              "zero"  left 0 and right a = 1/√in, so that W starts as the sparse term [SLTrain, LoRA]. Without
+              one W is 0: a block whose matrices all are passes no gradient, and never learns
               "torch"  each factor as `nn.Linear` starts it
               "variance_preserving"  right a = 1/√in, and left so that entries of s · left right have the
               variance of those of `nn.Linear`, 1 / (3 in)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rankfold.checkpoint import check_folder
+from rankfold.journey import write
 from rankfold.judge import Bars
 from rankfold.pretrain.data import Plan, parse_sources
 from rankfold.pretrain.model import (
@@ -32,7 +33,7 @@ from rankfold.pretrain.recipe import training
 from rankfold.pretrain.report import report_of
 from rankfold.pretrain.run import Run, step_of
 from rankfold.pretrain.settings import Settings
-from rankfold.pretrain.stages import check_layers, processes, start, tokenize, write
+from rankfold.pretrain.stages import check_layers, processes, start, tokenize
 from rankfold.pretrain.tokens import validation_windows
 from rankfold.pretrain.trainer import Stopped, curves, stopping
 from rankfold.report import Report
@@ -195,7 +196,7 @@ def pretrain(
         )
         if first:
             ids = validation_windows(run.data, facts, length)[:1].to(next(net.parameters()).device)
-            write(net, folder, report, made, {"input_ids": ids} if check else None, overwrite, tell)
+            write(net, folder, report, made, {"input_ids": ids}, check=check, overwrite=overwrite, tell=tell)
         state.wait_for_everyone()
         if first and not keep_run:
             run.remove()

@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from rankfold.hosts import hosts
-from rankfold.layers import Layer, left_dense, select
+from rankfold.layers import Layer, select
+from rankfold.outcome import row_of, skipped_of, take_, totals_of
 from rankfold.pretrain.memory import dense_accounting, peak
 from rankfold.pretrain.model import build
 from rankfold.provenance import versions, weights_hash
-from rankfold.report import LayerRow, Report, SkippedRow
+from rankfold.report import Report
 
 POINTS = 400  # of a loss curve in a report
 
@@ -106,47 +107,23 @@ def _rows_of(
     """A report read off a trained model, `dense` being its architecture without weights."""
     held, rows = hosts(net), []
     for name, layer in layers.items():
-        entries, nbytes = layer.tensor.numel(), layer.tensor.numel() * layer.tensor.element_size()
-        structure = held[name].weight if name in held else None
-        rows.append(
-            LayerRow(
-                name=name,
-                type=name.rpartition(".")[2],
-                block=next((int(part) for part in name.split(".") if part.isdigit()), None),
-                host=layer.host,
-                shape=layer.shape,
-                structure=structure.kind if structure else "dense",  # type: ignore[union-attr]
-                size=getattr(structure, "rank", None),
-                spec=structure.spec() if structure else None,  # type: ignore[operator]
-                bytes_before=nbytes,
-                bytes_after=structure.nbytes if structure else nbytes,  # type: ignore[arg-type]
-                params_before=entries,
-                params_after=structure.params if structure else entries,  # type: ignore[arg-type]
-                macs_before=entries,
-                macs_after=structure.macs if structure else entries,  # type: ignore[arg-type]
-                note="" if structure else "stays dense: nothing smaller was trained",
-            )
-        )
-    before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
-    whole = sum(p.numel() * p.element_size() for p in dense.parameters())
+        row = row_of(name, layer.host, layer.shape, layer.tensor.element_size())
+        if name in held:
+            structure = held[name].weight
+            take_(row, structure, getattr(structure, "rank", None))
+        else:
+            row.note = "stays dense: nothing smaller was trained"
+        rows.append(row)
+    entries = list(dense.parameters())
+    totals = totals_of(
+        rows, sum(p.numel() * p.element_size() for p in entries), sum(p.numel() for p in entries)
+    )
     return Report(
         recipe=dict(recipe),
         budget=1.0,
-        reached=after / max(before, 1),
+        reached=totals["selected_after"] / max(totals["selected_before"], 1),
         layers=rows,
-        skipped=[
-            SkippedRow(name=key, shape=tuple(p.shape), bytes=p.numel() * p.element_size(), reason=reason)
-            for key, p, reason in left_dense(dense, layers)
-        ],
-        totals={
-            "selected_before": before,
-            "selected_after": after,
-            "model_before": whole,
-            "model_after": whole - before + after,
-            "params_before": sum(p.numel() for p in dense.parameters()),
-            "params_after": sum(p.numel() for p in net.parameters()),
-            "macs_before": sum(row.macs_before for row in rows),
-            "macs_after": sum(row.macs_after for row in rows),
-        },
+        skipped=skipped_of(dense, layers),
+        totals=totals,
         dtype=str(next(net.parameters()).dtype).removeprefix("torch."),
     )

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from rankfold.atomic import writing
-from rankfold.checkpoint import save, verify, write_report
-from rankfold.evaluate import bytes_on_disk
 from rankfold.layers import select
 from rankfold.metrics import Progress
 from rankfold.pretrain.data import Plan
@@ -144,28 +140,3 @@ def start(
     )
     said = sorted({str(item.message) for item in caught})
     return Started(net, trainer, watch, report, regime, warnings=said)
-
-
-def write(
-    net: nn.Module,
-    folder: Path,
-    report: Report,
-    tokenizer: Any,
-    example: dict[str, Any] | None,
-    overwrite: bool,
-    tell: Progress,
-) -> None:
-    """Save, and with an `example` reload and compare bit for bit."""
-    tell("write", 0, 1)
-    began = time.perf_counter()
-    save(net, folder, report=report, tokenizer=tokenizer, overwrite=overwrite)
-    report.timings["write"] = time.perf_counter() - began
-    tell("write", 1, 1)
-    if example is not None:
-        tell("verify", 0, 1)
-        began = time.perf_counter()
-        verify(net, folder, example)
-        report.timings["verify"] = time.perf_counter() - began
-        tell("verify", 1, 1)
-    report.totals["disk_after"] = bytes_on_disk(folder)["payload"]
-    write_report(report, folder)
