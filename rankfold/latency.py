@@ -8,6 +8,7 @@ are refused: a float16 model against a float32 one measures the dtype, not the c
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import sys
 import threading
@@ -198,6 +199,7 @@ def peak_memory(fn: Callable[[], Any], *, device: str | torch.device = "cpu") ->
         before = _lifetime_peak()
         result = fn()
         return Peak(_lifetime_peak(), before, "lifetime", result)
+    _return_freed_memory()
     before = _status("VmRSS")
     if _clear_high_water_mark():
         result = fn()
@@ -225,6 +227,14 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
     return 0
+
+
+def _return_freed_memory() -> None:
+    """Give the system what the allocator holds after earlier work: `fn` would otherwise use that, unseen."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # glibc alone has it
 
 
 def _clear_high_water_mark() -> bool:

@@ -40,6 +40,8 @@ TIERS = (
         "groups",
         "attention",
         "linformer",
+        "pooling",
+        "poolers",
         "batch_norm",
     ),
     ("pursuit*", "dictionary*"),
@@ -61,10 +63,10 @@ TIERS = (
         "testing*",
     ),
     ("checkpoint*",),
-    ("hf", "gguf"),
+    ("hf", "gguf", "models"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress", "pretrain", "export"),
+    ("judge", "journey", "progress", "pretrain", "export", "onnx", "classify"),
     ("cli*",),
 )
 
