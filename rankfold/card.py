@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rankfold import report_facts as facts
+from rankfold import report_healing as healings
 from rankfold import report_training as trainings
 from rankfold.report import FILE_NAME, Report
 from rankfold.report_format import DASH, clean, percent, seconds, shape, size
@@ -74,6 +75,7 @@ def _front(
 def _what(report: Report) -> str:
     before, after = facts.total(report, "model", "before"), facts.total(report, "model", "after")
     kept = f"{percent(facts.fraction(after, before))} of the bytes, {size(before)} → {size(after)}."
+    found = healings.lines(report)
     if report.training:
         lines = [
             f"Trained from scratch with rankfold. Of the dense model of its sizes it holds {kept}",
@@ -87,6 +89,7 @@ def _what(report: Report) -> str:
             f"{kept}",
             "",
             facts.speed(report)[0],
+            *(["", *(f"- {label}: {_plain(words)}" for label, words in found)] if found else []),
         ]
     title = trainings.title(report, _plain(facts.model_name(report)), _plain(facts.recipe_name(report)))
     lines = [f"# {title}", "", *lines]

@@ -206,7 +206,7 @@ def verify(
     """Compare what `save` wrote with the model, every tensor bit for bit.
 
     A transformers model is reloaded through `from_pretrained` and, given `inputs`, its outputs are compared
-    too. Raises ValueError naming the first tensor that differs.
+    too, up to rounding. Raises ValueError naming the first tensor that differs.
     """
     folder = Path(folder)
     stored = _stored(folder)
@@ -241,7 +241,9 @@ def verify(
         model.train(was)
         one, two = (getattr(output, "logits", output) for output in pair)
         one, two = (output if isinstance(output, Tensor) else output[0] for output in (one, two))
-        if not torch.equal(one, two):
+        # Of equal tensors at other addresses the product of a single row may round otherwise.
+        rounding = 16 * torch.finfo(one.dtype).eps * one.abs().max()
+        if not torch.equal(one, two) and not (one - two).abs().max() <= rounding:
             raise ValueError(
                 f"{folder}: outputs differ after reloading, by up to {float((one - two).abs().max()):.3g}"
             )

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rankfold import cli_export, cli_pretrain
+from rankfold import cli_adapt, cli_classify, cli_export, cli_pretrain
 from rankfold.cli_options import (
     Data,
     Device,
@@ -28,7 +28,14 @@ from rankfold.cli_options import (
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
-__all__ = ["app", "cli_export", "cli_pretrain", "main"]  # importing those two registers their commands
+__all__ = [
+    "app",
+    "cli_adapt",
+    "cli_classify",
+    "cli_export",
+    "cli_pretrain",
+    "main",
+]  # importing those registers commands
 
 
 @app.command()

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.data_packaged import TEXTS, fetch, labelled, texts
+from rankfold.data_packaged import SPLITS, TEXTS, fetch, labelled, texts
 
 __all__ = ["SPLITS", "TEXTS", "Spec", "Windows", "documents", "fetch", "labelled", "stream", "token_windows"]
 
-SPLITS = {"test": slice(0, None, 2), "train": slice(1, None, 2), "all": slice(None)}
 _SUFFIXES = (".txt", ".jsonl")
 _GRAMMAR = "expected NAME[:split][:NxL], such as wikipedia:test:12x512"
 # A hub data set may never end: stop after this many times the tokens that were asked for.
@@ -187,7 +186,7 @@ def stream(spec: Spec, split: str, tokenizer: Any = None) -> Iterator[str]:
     if spec.name in TEXTS:
         if split not in SPLITS:
             raise ValueError(f"{spec.name!r} has no split {split!r}: choose {', '.join(SPLITS)}")
-        return iter(texts(spec.name)[SPLITS[split]])
+        return iter(texts(spec.name, split))
     if spec.name.endswith(_SUFFIXES):
         return _file(Path(spec.name), tokenizer)
     near = difflib.get_close_matches(spec.name, TEXTS, n=1)

@@ -1,7 +1,7 @@
-"""Labelled text for classifiers: padded batches with "labels", from the packaged `movie` or a `.jsonl` file.
+"""Labelled text for classifiers: padded batches with "labels", from a packaged text or a `.jsonl` file.
 
-A line of the file is {"text": …, "label": 0, 1, …}. Split `test` of `movie` is its even-numbered snippets,
-`train` the odd.
+The packaged ones are `movie`, `tweets`, `spam`, `sentiment` and `brown_genres`, with the splits `train` and
+`test` (see data_classes). A line of a file is {"text": …, "label": 0, 1, …}.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from rankfold.batches import Batch
-from rankfold.data import SPLITS, Spec
-from rankfold.data_packaged import labelled
+from rankfold.data import Spec
+from rankfold.data_packaged import CLASSES, labelled
+from rankfold.data_packaged import rows as rows_of
 
 
 def is_labelled(spec: Spec) -> bool:
     """Does this text carry class labels?"""
-    if spec.name == "movie":
+    if spec.name in CLASSES:
         return True
     path = Path(spec.name)
     if path.suffix != ".jsonl" or not path.is_file():
@@ -46,21 +47,26 @@ def labelled_batches(
 ) -> tuple[list[Batch], dict[str, Any]]:
     """Padded batches {"input_ids", "attention_mask", "labels"} and the facts of the data.
 
-    `spec.sequences` (or `count`) examples: drawn by `seed`, or the first ones where seed is None; longer ones
-    are cut at `spec.length` (or 128) tokens. Raises ValueError for an empty file, a line without text or an
-    integer label (its number is named), and fewer examples than asked for.
+    `spec.sequences` (or `count`) examples: drawn by `seed`, or spread evenly over the text where seed is None
+    (`movie` and many a file are sorted by class); longer ones are cut at `spec.length` (or 128) tokens.
+    Raises ValueError for an empty file, a line without text or an integer label (its number is named), a
+    split that there is not, and fewer examples than asked for.
     """
-    texts, labels = labelled("movie") if spec.name == "movie" else _file(Path(spec.name))
-    if spec.name == "movie":
-        part = SPLITS[spec.split or split]
-        texts, labels = texts[part], labels[part]
+    if spec.name in CLASSES:
+        part = rows_of(spec.name, spec.split or split)
+        all_texts, all_labels = labelled(spec.name)
+        texts, labels = [all_texts[i] for i in part], [all_labels[i] for i in part]
+    else:
+        texts, labels = _file(Path(spec.name))
     wanted = spec.sequences or min(count, len(texts))
     if wanted > len(texts):
         raise ValueError(f"{spec} asks for {wanted} examples, the text has {len(texts)}")
-    order = list(range(len(texts)))
-    if seed is not None:
+    if seed is None:
+        order = [place * len(texts) // wanted for place in range(wanted)]
+    else:
+        order = list(range(len(texts)))
         random.Random(seed).shuffle(order)
-    order = order[:wanted]
+        order = order[:wanted]
     batches: list[Batch] = []
     digest, tokens = hashlib.sha256(), 0
     for start in range(0, wanted, batch_size):

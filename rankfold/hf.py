@@ -21,6 +21,7 @@ from transformers.quantizers import auto as registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import rankfold.models  # noqa: F401  our own architectures, for where autoload is off
 from rankfold.checkpoint import to_dense_
 from rankfold.manifest import (
     QUANT_METHOD,

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankfold.sparse import plain
 from rankfold.structure import Structure
+from rankfold.structures import Dense, Sum
 
 
 class Linear(nn.Module):
@@ -38,8 +40,20 @@ class Linear(nn.Module):
         self.transposed = transposed
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight(x)
+        weight = self.weight
+        if (base := _adapted_dense(weight)) is not None:
+            return weight.beside(x, self._as_before(x, base))  # type: ignore[operator]
+        y = weight(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _as_before(self, x: Tensor, base: Tensor) -> Tensor:
+        """What the dense layer computed, bit for bit: a bias that is added afterwards rounds otherwise. (Of a
+        single row Conv1D's other layout is multiplied in another order, and may differ by rounding.)"""
+        if not self.transposed:
+            return F.linear(x, base, self.bias)
+        y = x.reshape(-1, self.in_features)
+        y = y @ base.mT if self.bias is None else torch.addmm(self.bias, y, base.mT)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> nn.Module:
         """The ordinary layer with the same function: `nn.Linear`, or transformers' `Conv1D`."""
@@ -96,10 +110,35 @@ class Conv2d(nn.Module):
         self.spatial = weight.shape != channel
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = self.weight.factors()
-        if self.spatial and factors and len(factors) > 1:
-            y = self._separable(x, factors)
+        weight = self.weight
+        if not (isinstance(weight, Sum) and weight.frozen):
+            y = self._convolve(weight, x)
             return y if self.bias is None else y + self.bias.view(-1, 1, 1).to(y.dtype)
+        base = _adapted_dense(weight)
+        if base is not None:  # as nn.Conv2d does it, bit for bit
+            zeros = self.geometry["padding_mode"] == "zeros"
+            options = {key: self.geometry[key] for key in ("stride", "dilation")}
+            options["padding"] = self.geometry["padding"] if zeros else 0
+            y = F.conv2d(x if zeros else pad(x, self.geometry), self._kernel(base), self.bias, **options)
+        else:
+            y = self._convolve(weight.base, x)
+            y = y if self.bias is None else y + self.bias.view(-1, 1, 1).to(y.dtype)
+        for term in weight.added:
+            y = y + self._convolve(term, x.to(term.dtype)).to(y.dtype)
+        return y
+
+    def _kernel(self, matrix: Tensor) -> Tensor:
+        """A matrix of the reading as a kernel (out, in, kh, kw)."""
+        kh, kw = self.geometry["kernel_size"]
+        if self.spatial:
+            matrix = matrix.view(self.out_channels, kw, self.in_channels, kh).permute(0, 2, 3, 1).contiguous()
+        return matrix.view(self.out_channels, self.in_channels, kh, kw)
+
+    def _convolve(self, matrix: Structure, x: Tensor) -> Tensor:
+        """The convolution with a structured kernel, without the bias."""
+        factors = matrix.factors()
+        if self.spatial and factors and len(factors) > 1:
+            return self._separable(x, factors)
         x = pad(x, self.geometry)
         kh, kw = self.geometry["kernel_size"]
         (sh, sw), (dh, dw) = self.geometry["stride"], self.geometry["dilation"]
@@ -109,15 +148,15 @@ class Conv2d(nn.Module):
             for factor in factors[-2::-1]:
                 y = F.conv2d(y, factor[:, :, None, None])
         elif self.spatial:
-            y = _matrix_over(self.weight, x, (kh, 1), (sh, 1), (dh, 1))
+            y = _matrix_over(matrix, x, (kh, 1), (sh, 1), (dh, 1))
             # y is z (N, out·kw, H', padded W); output[o, h, w] = Σⱼ z[(o, j), h, w·stride + j·dilation]
             z = y.unflatten(1, (self.out_channels, kw))
             width = (z.shape[-1] - dw * (kw - 1) - 1) // sw + 1
             y = sum(z[:, :, j, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw))
             assert isinstance(y, Tensor)
         else:
-            y = _matrix_over(self.weight, x, (kh, kw), (sh, sw), (dh, dw))
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1).to(y.dtype)
+            y = _matrix_over(matrix, x, (kh, kw), (sh, sw), (dh, dw))
+        return y
 
     def _separable(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """kh x 1 filters, 1 x 1 ones, then 1 x kw filters. Columns are padded in between: padding them
@@ -133,12 +172,7 @@ class Conv2d(nn.Module):
 
     def to_dense(self) -> nn.Conv2d:
         """The ordinary `nn.Conv2d` with the same function."""
-        kh, kw = self.geometry["kernel_size"]
-        full = self.weight.to_dense()
-        if self.spatial:
-            full = full.view(self.out_channels, kw, self.in_channels, kh).permute(0, 2, 3, 1).contiguous()
-        else:
-            full = full.view(self.out_channels, self.in_channels, kh, kw)
+        full = self._kernel(self.weight.to_dense())
         dense = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -174,6 +208,13 @@ GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 def hosts(model: nn.Module) -> dict[str, Host]:
     """{name: host} of every factorized layer of a model."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear | Conv2d | Embedding)}
+
+
+def _adapted_dense(weight: Structure) -> Tensor | None:
+    """The frozen dense weight that an adapter stands beside, where it may be used without calling it."""
+    if isinstance(weight, Sum) and weight.frozen and isinstance(weight.base, Dense):
+        return weight.base.full.weight if plain(weight.base.full, nn.Linear) else None
+    return None
 
 
 def _matrix_over(matrix: Structure, x: Tensor, kernel: Any, stride: Any, dilation: Any) -> Tensor:

@@ -40,6 +40,20 @@ class Layer:
         return "Embedding" if self.lookup else "Conv2d" if isinstance(self.module, nn.Conv2d) else "Linear"
 
     @property
+    def held(self) -> Structure | None:
+        """The structure that the layer holds already; None for a dense one."""
+        return None
+
+    @property
+    def owner(self) -> object:
+        """What layers with one and the same matrix have in common: a parameter, or a structure."""
+        return self.tensor
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of the matrix."""
+        return [self.tensor]
+
+    @property
     def tensor(self) -> nn.Parameter:
         """The parameter that holds the matrix, in the layer's own layout."""
         weight = self.module.weight
@@ -73,10 +87,11 @@ class Layer:
     def inputs(self, x: Tensor) -> Tensor:
         """The rows that W multiplies: (examples, rows, in), or (rows, in) for an input of one dimension
         less."""
-        if isinstance(self.module, nn.Conv2d):
-            kh, kw = self.module.kernel_size
-            (sh, sw), (dh, dw) = self.module.stride, self.module.dilation
-            x = pad(x, {key: getattr(self.module, key) for key in GEOMETRY})
+        module: Any = self.module
+        if self.host == "Conv2d":
+            kh, kw = module.kernel_size
+            (sh, sw), (dh, dw) = module.stride, module.dilation
+            x = pad(x, {key: getattr(module, key) for key in GEOMETRY})
             kernel, stride, dilation = (
                 ((kh, 1), (sh, 1), (dh, 1)) if self.spatial else ((kh, kw), (sh, sw), (dh, dw))
             )
@@ -85,21 +100,22 @@ class Layer:
 
     def outputs(self, gradient: Tensor, x: Tensor) -> Tensor:
         """The gradient of the rows W produced, aligned with `inputs(x)`: (examples, rows, out)."""
-        if not isinstance(self.module, nn.Conv2d):
+        module: Any = self.module
+        if self.host != "Conv2d":
             return gradient
         if not self.spatial:
             return gradient.flatten(2).mT
-        (_, kw), (_, sw), (_, dw) = (
-            self.module.kernel_size,
-            self.module.stride,
-            self.module.dilation,
-        )
-        padded = pad(x[:1, :1], {key: getattr(self.module, key) for key in GEOMETRY}).shape[-1]
+        (_, kw), (_, sw), (_, dw) = module.kernel_size, module.stride, module.dilation
+        padded = pad(x[:1, :1], {key: getattr(module, key) for key in GEOMETRY}).shape[-1]
         n, out, height, width = gradient.shape
         z = gradient.new_zeros(n, out, kw, height, padded)
         for j in range(kw):
             z[:, :, j, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] = gradient
         return z.flatten(1, 2).flatten(2).mT
+
+    def join(self, structure: Structure) -> Structure:
+        """What stands for W once a method has made `structure` of it."""
+        return structure
 
     def wrap(self, structure: Structure) -> Host:
         """The host that does this layer's work with `structure`; bias and mode are carried over."""
@@ -139,13 +155,14 @@ def select(
     skip: Sequence[str] = (),
     *,
     conv: str = "channel",
+    more: Mapping[str, Layer] | None = None,
 ) -> dict[str, Layer]:
     """The layers to factorize, by name. `targets` and `skip` are globs over dotted names.
 
     Without targets: every linear and convolution, except embeddings and heads (whatever lies outside a
     transformers model's base model, and whatever shares its parameter with an embedding). With targets:
     exactly what they match. Layers that share one parameter are all returned; `factorize_` fits them once.
-    `conv` is "channel" or "spatial" (see `Conv2d`).
+    `conv` is "channel" or "spatial" (see `Conv2d`); `more` are layers that are not dense, to choose from too.
 
     Raises ValueError for a glob that matches no layer (with the nearest names), and where the model itself is
     the layer.
@@ -164,7 +181,7 @@ def select(
         name: Layer(module, conv == "spatial")
         for name, module in model.named_modules()
         if why_not(module) is None and id(module) not in inner
-    }
+    } | dict(more or {})
     refused = {n: r for n, m in model.named_modules() if _has_matrix(m) and (r := why_not(m)) is not None}
     for pattern in (*(targets or ()), *skip):
         if not any(fnmatchcase(name, pattern) for name in able):
@@ -185,16 +202,17 @@ def select(
 def excluded(model: nn.Module) -> dict[str, str]:
     """{name: reason} of the layers that `select` passes over unless they are named: embeddings and heads."""
     modules = dict(model.named_modules())
-    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding | Embedding)}
     base = getattr(model, "base_model", model)
     inside = {id(m) for m in base.modules()} if isinstance(base, nn.Module) else set()
     reasons = {}
     for name, module in modules.items():
-        if isinstance(module, nn.Embedding):
+        layer = why_not(module) is None or isinstance(module, Host)
+        if isinstance(module, nn.Embedding | Embedding):
             reasons[name] = "embedding"
-        elif why_not(module) is None and id(module.weight) in tables:
+        elif layer and id(module.weight) in tables:
             reasons[name] = "shares its weight with an embedding"
-        elif why_not(module) is None and id(module) not in inside:
+        elif layer and id(module) not in inside:
             reasons[name] = "head"
     return reasons
 
@@ -203,7 +221,7 @@ def left_dense(model: nn.Module, chosen: Mapping[str, Layer]) -> Iterator[tuple[
     """Every parameter of two or more dimensions that `chosen` does not hold, with the reason: nothing stays
     dense silently."""
     reasons, modules = excluded(model), dict(model.named_modules())
-    taken = {id(layer.tensor) for layer in chosen.values()}
+    taken = {id(parameter) for layer in chosen.values() for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or id(parameter) in taken:
             continue

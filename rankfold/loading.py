@@ -41,6 +41,7 @@ def open_model(name: str, *, dtype: str | None = None, device: str | None = None
     import transformers
 
     import rankfold.hf  # noqa: F401  folders that rankfold wrote load, whether or not autoload is on
+    from rankfold.models import MODELS
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -56,7 +57,8 @@ def open_model(name: str, *, dtype: str | None = None, device: str | None = None
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         architecture = (getattr(config, "architectures", None) or [""])[0]
-        cls = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
+        cls = MODELS.get(architecture) or getattr(transformers, architecture, None)
+        cls = cls or transformers.AutoModelForCausalLM
         model: Any = cls.from_pretrained(source, dtype=DTYPES[dtype] if dtype else "auto")
     except OSError as error:
         raise ValueError(

@@ -21,7 +21,8 @@ from torch import nn
 import rankfold.masters
 import rankfold.ordered
 import rankfold.sparse_code
-import rankfold.structures  # noqa: F401  the kinds that a manifest may name
+import rankfold.structures
+import rankfold.wavelet  # noqa: F401  the kinds that a manifest may name
 from rankfold.hosts import hosts
 from rankfold.layers import Layer, replace_, why_not
 from rankfold.structure import Structure, build

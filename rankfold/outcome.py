@@ -18,6 +18,7 @@ from rankfold.metric import Metric
 from rankfold.recipe import Recipe
 from rankfold.report import LayerRow, Report, SkippedRow
 from rankfold.structure import Structure
+from rankfold.structures import Sum
 
 
 def fit(
@@ -38,6 +39,10 @@ def fit(
         row_of(name, layer.host, layer.shape, layer.tensor.element_size(), **facts)
         for name, layer in item.layers.items()
     ]
+    for row, layer in zip(rows, item.layers.values(), strict=True):
+        if layer.held is not None:
+            held = layer.held
+            row.bytes_before, row.params_before, row.macs_before = held.nbytes, held.params, held.macs
     if size is None:
         for row in rows:
             row.note = _why_dense(item, metrics, curve)
@@ -56,7 +61,7 @@ def fit(
     shared = _shared(list(parts.values()))
     for place, (row, part) in enumerate(zip(rows, parts.values(), strict=True)):
         layer = item.layers[row.name]
-        for parameter in part.parameters():
+        for parameter in () if method.adds else part.parameters():
             trains = [layer] if id(parameter) not in shared else item.layers.values()
             parameter.requires_grad_(any(one.tensor.requires_grad for one in trains))
         own, matrix = metrics[row.name].to(weight.device), layer.matrix()
@@ -68,6 +73,12 @@ def fit(
             row.error, row.relative_error = 0.0, math.nan
             row.note = "starts anew at random; nothing of the weight is kept"
         take_(row, part, size)
+        if isinstance(part, Sum) and method.adds:
+            params, added = (sum(getattr(term, key) for term in part.added) for key in ("params", "nbytes"))
+            row.note = f"adds {params:,} parameters that train ({added:,} bytes) beside the frozen weight"
+            if isinstance(size, Mapping):  # ranks of bands; the row's size is all of them together
+                row.note += f"; ranks {', '.join(f'{name} {rank}' for name, rank in size.items())}"
+                row.size = sum(size.values())
         if shared:
             keys = [key for key, parameter in part.named_parameters() if id(parameter) in shared]
             others = ", ".join(name for name in parts if name != row.name)
@@ -188,7 +199,7 @@ def report_of(
         ),
         allocation={
             "allocator": recipe.to_json()["allocate"],
-            "cost": chosen.cost,
+            "cost": chosen.cost if not recipe.method.adds else sum(getattr(r, f"{key}_after") for r in rows),
             "budget": chosen.budget,
             "error": chosen.error if recipe.reads_errors else lost,
             "bound": chosen.bound,

@@ -17,6 +17,11 @@
     low_rank   none                         fixed        fresh factors, to train from the first step
     sltrain    none                         fixed        arXiv 2406.02214, fresh factors and a sparse term
     lrt        none                         fixed        arXiv 1910.13923, all projections low rank
+    lora       none                         fixed        arXiv 2106.09685, beside the frozen weight
+    wara       none                         fixed        arXiv 2506.24092, low rank in each wavelet band
+    wara_adaptive   none                    fixed        the same, ranks to the bands where W has its energy
+    wara_feature    none                    fixed        the reading of the paper's first figure
+    pissa      none                         fixed        arXiv 2404.02948
     best       what we recommend            -            today codes: the best of these in docs/benchmarks.md
 
 A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md).
@@ -31,7 +36,7 @@ from dataclasses import replace
 
 from rankfold.allocate import fixed, lagrangian, uniform
 from rankfold.groups import Groups
-from rankfold.methods import SVD, Dictionary, Scratch
+from rankfold.methods import SVD, Dictionary, LoRA, PiSSA, Scratch, WaRA
 from rankfold.metrics import KFAC, AbsMean, Activation, Fisher, Frobenius
 from rankfold.recipe import Recipe
 
@@ -164,6 +169,32 @@ sltrain = Recipe(
     fixed,
     "arXiv 2406.02214",
     "for training from scratch: low rank plus sparse from the first step",
+)
+lora = Recipe(
+    "lora", LoRA(), Frobenius(), fixed, "arXiv 2106.09685", "adapter: low rank beside the frozen weight"
+)
+wara = Recipe(
+    "wara",
+    WaRA(),
+    Frobenius(),
+    fixed,
+    "arXiv 2506.24092",
+    "adapter: low rank in every sub-band of a wavelet transform",
+)
+wara_adaptive = replace(
+    wara,
+    name="wara_adaptive",
+    method=WaRA(bands="energy"),
+    summary="wara with as many parameters, given to the bands where the weight has its energy",
+)
+wara_feature = replace(
+    wara,
+    name="wara_feature",
+    method=WaRA(domain="feature"),
+    summary="wara with one pair of factors for all bands of the features: half of lora's parameters",
+)
+pissa = Recipe(
+    "pissa", PiSSA(), Frobenius(), fixed, "arXiv 2404.02948", "adapter: trains the weight's principal part"
 )
 best = replace(codes, name="best", summary="what we recommend today: codes (docs/benchmarks.md)")
 

@@ -107,7 +107,7 @@ class Report:
     `budget` is the fraction of `unit` *kept* that was asked of the selected layers, `reached` what was
     reached. `totals` holds `selected_before/after` and `model_before/after` in bytes, `params_*` and
     `macs_*`. `evaluation` is None or {"data", "dense", "compressed", "generation"}, `training`
-    what `rankfold pretrain` did, or None.
+    what `rankfold pretrain` did, or None; `healing` what `rankfold adapt --heal` did, or None.
     """
 
     recipe: dict[str, Any]
@@ -128,6 +128,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    healing: dict[str, Any] | None = None
 
     # JSON
 
@@ -253,6 +254,7 @@ _NUMERIC = (
     "timings",
     "evaluation",
     "training",
+    "healing",
     "spectrum",
 )  # containers that may hold such words
 

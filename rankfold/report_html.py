@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rankfold import report_facts as facts
+from rankfold import report_healing as healings
 from rankfold import report_training as trainings
 from rankfold.report import Report
 from rankfold.report_format import DASH, known, number, percent, shape, size
@@ -35,6 +36,7 @@ def page(report: Report) -> str:
         _head,
         _warnings,
         _training,
+        healings.section,
         _summary,
         _ranks,
         _spectra,

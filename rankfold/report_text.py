@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankfold import report_facts as facts
+from rankfold import report_healing as healings
 from rankfold import report_training as trainings
 from rankfold.report import Report
 from rankfold.report_format import DASH, clean, number, percent, seconds, shape, size
@@ -82,6 +83,11 @@ def _training(report: Report) -> Text:
         said = ", ".join(f"{number(loss)} ({number(step)})" for step, loss in held)
         parts.append(Text.assemble(("Validation loss (step): ", "bold"), said))
     return Text("\n").join([Text("Training", style="bold"), *parts])
+
+
+def _healing(report: Report) -> Text:
+    said = [Text.assemble((f"{label}: ", "bold"), clean(words)) for label, words in healings.lines(report)]
+    return Text("\n").join([Text("Healing", style="bold"), *said])
 
 
 def _before_after(report: Report) -> Table:
@@ -175,6 +181,8 @@ def render(report: Report, layers: bool = True) -> Group:
         parts.append(Text(""))
     if report.training:
         parts += [_training(report), Text("")]
+    if report.healing:
+        parts += [_healing(report), Text("")]
     parts += [_before_after(report), _types(report)]
     if layers and report.layers:
         parts.append(_layers(report))

@@ -93,20 +93,29 @@ def sampled(report: Report, most: int = 8) -> list[tuple[float, float]]:
 
 def curve(report: Report, which: str) -> list[tuple[float, float]]:
     """(step, loss) of "train" or "validation", the finite ones."""
-    points = of(report).get(which)
+    return points_of(of(report).get(which))
+
+
+def points_of(points: Any) -> list[tuple[float, float]]:
+    """The finite ones of [[step, loss], …]."""
     pairs = [(p[0], p[1]) for p in points or () if isinstance(p, list | tuple) and len(p) == 2]
     return [(step, loss) for step, loss in pairs if known(step) and known(loss) and math.isfinite(loss)]
 
 
 def section(report: Report) -> str:
     """The part of the page: plot and table."""
+    return drawn("Training", lines(report), of(report).get("train"), of(report).get("validation"))
+
+
+def drawn(title: str, lines: Sequence[tuple[str, str]], train: Any, held: Any) -> str:
+    """A section of the page: the losses [[step, loss], …] over the (label, words)."""
     rows = "".join(
         f'<tr><th scope="row">{escape(label)}</th><td class="left wrap">{escape(words)}</td></tr>'
-        for label, words in lines(report)
+        for label, words in lines
     )
-    figure = plot(curve(report, "train"), curve(report, "validation"))
+    figure = plot(points_of(train), points_of(held))
     table = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
-    return f"<section>\n<h2>Training</h2>\n{figure}\n{table}\n</section>"
+    return f"<section>\n<h2>{title}</h2>\n{figure}\n{table}\n</section>"
 
 
 def plot(train: Sequence[tuple[float, float]], held: Sequence[tuple[float, float]]) -> str:

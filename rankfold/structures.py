@@ -129,7 +129,9 @@ class Sum(Structure, kind="sum"):
     Sparse]
 
     Each term is applied by itself, but for LowRank + Sparse in training: there W is rebuilt for the product,
-    and dropped (`rankfold.sparse`).
+    and dropped (`rankfold.sparse`). `frozen` says that the first term is not trained and the others adapt
+    it (`rankfold.adapters`). A term may have a dtype of its own, float32 beside a bfloat16 base: it computes
+    in that, and its part of the output is cast. Its spec then says so: {"dtype": "float32", …}.
     """
 
     def __init__(
@@ -137,20 +139,28 @@ class Sum(Structure, kind="sum"):
         shape: tuple[int, int],
         *,
         terms: Sequence[Mapping[str, Any]],
+        frozen: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(shape)
         if not isinstance(terms, Sequence) or isinstance(terms, str) or not 1 <= len(terms) <= 64:
             raise ValueError(f"a sum has between 1 and 64 terms, each a spec; got {terms!r}")
-        self._adopt([build(term, dtype=dtype, device=device) for term in terms])
+        if not isinstance(frozen, bool) or (frozen and len(terms) == 1):
+            raise ValueError(
+                f"frozen={frozen!r}: true where the first of several terms is frozen, or left out"
+            )
+        self.frozen = frozen
+        self._adopt([_term(term, dtype, device) for term in terms])
 
     @classmethod
-    def of(cls, *terms: Structure) -> Sum:
-        """The sum of structures of one shape, which become its children."""
+    def of(cls, *terms: Structure, frozen: bool = False) -> Sum:
+        """The sum of structures of one shape, which become its children. With `frozen` the first one is an
+        adapter's base; whether its parameters take gradients is the caller's to say."""
         if not terms:
             raise ValueError("a sum has at least one term; got none")
-        structure = cls(terms[0].shape, terms=[term.spec() for term in terms], device="meta")
+        specs = [term.spec() for term in terms]
+        structure = cls(terms[0].shape, terms=specs, frozen=frozen, device="meta")
         structure._adopt(list(terms))
         return structure
 
@@ -169,10 +179,22 @@ class Sum(Structure, kind="sum"):
             low, sparse = pair
             factors = (low.left.weight, low.right.weight, low.scale)
             return product(x, sparse.values, sparse.places, self.shape[0], *factors)
-        first, *rest = self._structures()
-        y = first(x)
-        for term in rest:
-            y = y + term(x)
+        return self.beside(x, self.base(x))
+
+    @property
+    def base(self) -> Structure:
+        """The first term: what an adapter adapts."""
+        return self._structures()[0]
+
+    @property
+    def added(self) -> list[Structure]:
+        """Every term but the first."""
+        return self._structures()[1:]
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """y, which is the first term's output for x, plus that of the other terms."""
+        for term in self.added:
+            y = y + (term(x) if term.dtype == x.dtype else term(x.to(term.dtype))).to(y.dtype)
         return y
 
     def _low_rank_and_sparse(self) -> tuple[LowRank, Sparse] | None:
@@ -195,10 +217,9 @@ class Sum(Structure, kind="sum"):
         return torch.is_grad_enabled() or (many and not sparse.entrywise(x))
 
     def rows(self, index: Tensor) -> Tensor:
-        first, *rest = self._structures()
-        rows = first.rows(index)
-        for term in rest:
-            rows = rows + term.rows(index)
+        rows = self.base.rows(index)
+        for term in self.added:
+            rows = rows + term.rows(index).to(rows.dtype)
         return rows
 
     @property
@@ -206,4 +227,20 @@ class Sum(Structure, kind="sum"):
         return sum(term.macs for term in self._structures())
 
     def sizes(self) -> dict[str, Any]:
-        return {"terms": [term.spec() for term in self._structures()]}
+        terms = [
+            term.spec() | ({} if term.dtype == self.dtype else {"dtype": str(term.dtype).rpartition(".")[2]})
+            for term in self._structures()
+        ]
+        return {"terms": terms} | ({"frozen": True} if self.frozen else {})
+
+
+def _term(spec: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> Structure:
+    """A term from its spec, which may name a dtype of its own."""
+    if isinstance(spec, Mapping) and "dtype" in spec:
+        known = {"float64": torch.float64, "float32": torch.float32}
+        known |= {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        if not isinstance(spec["dtype"], str) or spec["dtype"] not in known:
+            raise ValueError(f"a term's dtype is one of {', '.join(known)}; got {spec['dtype']!r}")
+        dtype = known[spec["dtype"]]
+        spec = {key: value for key, value in spec.items() if key != "dtype"}
+    return build(spec, dtype=dtype, device=device)

@@ -78,7 +78,8 @@ def check_method(
         require(costs == sorted(set(costs)), f"{method}: the costs of its menu do not rise: {costs}")
         dense = shape[0] * shape[1]
         require(
-            not costs or costs[-1] < dense, f"{method}: size {menu[-1:]} costs {costs[-1:]}, dense {dense}"
+            method.adds or not costs or costs[-1] < dense,
+            f"{method}: size {menu[-1:]} costs {costs[-1:]}, dense {dense}",
         )
         if sizes is None:
             sizes = (

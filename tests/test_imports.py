@@ -26,10 +26,13 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 TIERS = (
     ("atomic", "optimizers", "step_in_backward", "packing", "kernels", "codes"),
     ("structure", "autoload"),  # autoload stands outside: it imports nothing of ours, anyone may import it
-    ("structures", "sparse", "sparse_code", "masters", "ordered"),
+    ("structures", "sparse", "sparse_code", "masters", "ordered", "wavelet*", "low_rank_form"),
     (
         "hosts",
         "layers",
+        "compressed",
+        "token_wavelet",
+        "adapted",
         "manifest",
         "batches",
         "sums",
@@ -48,7 +51,7 @@ TIERS = (
     ("methods",),
     ("multiple_choice", "allocate*", "report*"),
     ("recipe",),
-    ("fits", "storage", "outcome", "factorize"),
+    ("fits", "storage", "outcome", "factorize", "adapters"),
     ("recipes", "automatic"),
     ("regime", "straight_through*", "ordered_dropout", "truncate*", "trainer_callback", "cut*"),
     (
@@ -62,11 +65,11 @@ TIERS = (
         "data*",
         "testing*",
     ),
-    ("checkpoint*",),
-    ("hf", "gguf", "models"),
+    ("checkpoint*", "adapter_*", "extract", "lora*", "convert"),
+    ("hf", "gguf", "models", "peft*"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress", "pretrain", "export", "onnx", "classify"),
+    ("judge", "journey", "progress", "pretrain", "export", "onnx", "classify", "refine*", "heal*"),
     ("cli*",),
 )
 

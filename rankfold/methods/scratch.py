@@ -130,7 +130,7 @@ class Scratch(Method, kind="scratch"):
         places = Sparse.draw(shape, nonzeros, random).to(weight.device) if nonzeros else None
         bound = shape[1] ** -0.5
         if self.init == "svd_of_dense":
-            left, right = _balanced(weight, rank, scale)
+            left, right = balanced(weight, rank, scale)
         else:
             right = uniform(bound, rank, shape[1])
             if self.init == "zero":
@@ -201,7 +201,7 @@ def _read(size: Any) -> tuple[int, int]:
     return rank, nonzeros
 
 
-def _balanced(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def balanced(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """Factors with s · left right = the truncated SVD of the weight, √σ / √s in both."""
     with torch.no_grad():
         left, right = truncate(weight.double(), Metric(), rank)

@@ -137,7 +137,8 @@ def names_of() -> list[str]:
 
 
 def _starts(recipe: Recipe) -> bool:
-    return recipe.method.fresh or hasattr(recipe.method, "init")
+    method = recipe.method
+    return method.fresh or (hasattr(method, "init") and not method.adds)  # an adapter starts from a weight
 
 
 def _no_option(name: str, option: str, known: Sequence[str]) -> str:

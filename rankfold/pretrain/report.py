@@ -51,7 +51,7 @@ def report_of(
     """
     dense = build(config, 0, "meta")
     layers = select(dense)
-    report = built or _rows_of(net, dense, layers, recipe)
+    report = built or rows_of(net, dense, layers, recipe)
     entries = [p.numel() for p in dense.parameters()]
     final = held[-1][1] if held else math.nan
     tokens = settings.windows * settings.length
@@ -101,7 +101,7 @@ def thinned(curve: list[list[float]], points: int = POINTS) -> list[list[float]]
     return [[part[-1][0], sum(loss for _, loss in part) / len(part)] for part in parts]
 
 
-def _rows_of(
+def rows_of(
     net: nn.Module, dense: nn.Module, layers: Mapping[str, Layer], recipe: Mapping[str, Any]
 ) -> Report:
     """A report read off a trained model, `dense` being its architecture without weights."""

@@ -49,12 +49,16 @@ class PretrainTrainer(Trainer):
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
-        """Validation loss in nats per token, over all targets of all windows; the processes share them."""
-        loss = validate(self.model, self.windows, self.args.per_device_eval_batch_size, self.accelerator)
+        """What `held_out` finds, into the log."""
+        loss = self.held_out()
         metrics = {"eval_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def held_out(self) -> float:
+        """Validation loss in nats per token, over all targets of all windows; the processes share them."""
+        return validate(self.model, self.windows, self.args.per_device_eval_batch_size, self.accelerator)
 
 
 @torch.no_grad()

@@ -1,0 +1,66 @@
+"""Which layers of a model carry an adapter: hosts of a Sum whose first term is frozen.
+
+W = base + adapter₁ + …        the base is any structure: Dense, or what a compressed layer holds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from rankfold.hosts import Host, hosts
+from rankfold.manifest import recipe_of
+from rankfold.structure import Structure
+from rankfold.structures import Sum
+
+
+def adapted(model: nn.Module) -> dict[str, Host]:
+    """{name: host} of the layers with adapters. Raises ValueError where there is none."""
+    found = {name: host for name, host in hosts(model).items() if is_adapted(host.weight)}
+    if not found and getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{type(model).__name__} has adapters of PEFT: use its save_pretrained, or make WaRA's ours with "
+            "rankfold.peft.as_rankfold"
+        )
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no adapters: put some on first, e.g. with recipes.lora")
+    return found
+
+
+def is_adapted(structure: object) -> bool:
+    """Is it a frozen base with adapters?"""
+    return isinstance(structure, Sum) and structure.frozen
+
+
+def parts(host: Host) -> tuple[Structure, list[Structure]]:
+    """(base, adapters) of an adapted layer."""
+    assert isinstance(host.weight, Sum)
+    return host.weight.base, host.weight.added
+
+
+def taken(model: nn.Module) -> str | None:
+    """The first layer whose adapter was taken out of its weight (PiSSA), so that the base under it is not the
+    one that the model had; None where there is none."""
+    method = (recipe_of(model) or {}).get("method")
+    everywhere = isinstance(method, Mapping) and method.get("kind") == "pissa"
+    for name, host in adapted(model).items():
+        if everywhere or any(getattr(term, "taken", False) for term in parts(host)[1]):
+            return name
+    return None
+
+
+def kept(model: nn.Module) -> list[str]:
+    """The parameters that train and belong to no adapter: a head, norms, biases. Raises ValueError where the
+    base of an adapter trains, for then it is no base any more."""
+    inside: set[int] = set()
+    for name, host in adapted(model).items():
+        base, terms = parts(host)
+        loose = next((key for key, p in base.named_parameters() if p.requires_grad), None)
+        if loose is not None:
+            raise ValueError(
+                f"layer {name!r}: the base under its adapter trains ({loose}), and an adapter belongs to a "
+                "frozen base; freeze it with rankfold.adapters.freeze_(model)"
+            )
+        inside |= {id(p) for term in terms for p in term.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]

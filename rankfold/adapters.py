@@ -1,0 +1,198 @@
+"""Adapters on a model: what trains, and how they become part of the weights.
+
+    freeze_   only adapters train, and what is named beside them (a head)
+    merge_    W ← W + ΔW, built in at least float32 and cast once; `undo` puts back what was there, bit for
+              bit
+
+A merged layer is dense again, and nothing of rankfold is left in it. Where the base is low rank, the merged
+layer is too: of both ranks together, which is exact, or cut to the old one.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.adapted import adapted, is_adapted, parts
+from rankfold.hosts import Host, hosts
+from rankfold.layers import Layer, replace_
+from rankfold.low_rank_form import factors_of
+from rankfold.manifest import recipe_of, stamp_, unstamp_
+from rankfold.methods.svd import truncate
+from rankfold.metric import Metric
+from rankfold.structure import Structure
+from rankfold.structures import Dense, LowRank, Sum
+
+SIZES = ("exact", "same", "dense")
+
+
+def freeze_(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
+    """Freeze everything but the adapters, and the parameters that the globs `keep` match by name
+    ("classifier*"). Also what to call after loading a model with adapters, which then all trains.
+
+    Raises ValueError for a model without adapters, and for a glob that matches no parameter.
+    """
+    if isinstance(keep, str):
+        raise ValueError(f"keep is a list of globs, e.g. keep=[{keep!r}]")
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            close = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3)
+            raise ValueError(f"No parameter matches {pattern!r}. Nearest: {close}")
+    terms = [term for host in adapted(model).values() for term in parts(host)[1]]
+    bases = {id(p) for host in adapted(model).values() for p in parts(host)[0].parameters()}
+    model.requires_grad_(False)
+    for term in terms:
+        term.requires_grad_(True)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in bases and any(fnmatchcase(name, pattern) for pattern in keep):
+            parameter.requires_grad_(True)
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of what trains."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_unadapted(layers: Mapping[str, Layer]) -> None:
+    """Raise ValueError where one of the layers has an adapter already."""
+    for name, layer in layers.items():
+        if is_adapted(layer.held):
+            raise ValueError(
+                f"layer {name!r} has an adapter already; merge_ it into the weight first, or skip the layer. "
+                "Several adapters beside one another, to switch between, are what PEFT does"
+            )
+
+
+@dataclass
+class Merged:
+    """What `merge_` did. `undo` puts it back; without this object the old weights are freed.
+
+    errors  {layer: ‖merged − (base + adapter)‖ / ‖base + adapter‖}: rounding to the base's dtype, and what
+            was cut with size="same"
+    """
+
+    model: nn.Module
+    errors: dict[str, float]
+    _modules: dict[str, nn.Module] = field(repr=False)
+    _weights: dict[str, Structure] = field(repr=False)
+    _recipe: Mapping[str, Any] | None = field(repr=False)
+
+    def undo(self) -> nn.Module:
+        """Put base and adapters back, the very same tensors. Raises ValueError where that was done."""
+        if not self._modules:
+            raise ValueError("this merge was undone already")
+        for name, host in self._modules.items():
+            host.weight = self._weights[name]
+            replace_(self.model, name, host)
+        self._modules = {}
+        stamp_(self.model, self._recipe)
+        return self.model
+
+
+def merge_(model: nn.Module, *, size: str = "exact") -> Merged:
+    """Make every adapter part of its weight, in place.
+
+    size  "exact"  a dense base stays dense, a low-rank one gets the adapter's rank on top; other structures
+          have no exact form and are refused. "same": a low-rank base is cut to its old rank, by SVD.
+          "dense": every layer becomes dense
+
+    Autocast is switched off inside. Raises ValueError where there is no adapter (or it was merged before),
+    naming the layer whose sum is not finite or that cannot be merged so; the model is then unchanged.
+    """
+    if size not in SIZES:
+        raise ValueError(f"merge_(size={size!r}): choose one of {', '.join(SIZES)}")
+    if not any(is_adapted(host.weight) for host in hosts(model).values()):
+        raise ValueError(
+            f"{type(model).__name__} has no adapter to merge; one that was merged before is part of the "
+            "weights"
+        )
+    held = adapted(model)
+    made: dict[int, tuple[Structure, float]] = {}
+    with torch.no_grad(), torch.autocast(_kind(model), enabled=False):
+        for name, host in held.items():
+            if id(host.weight) not in made:
+                made[id(host.weight)] = _merged(name, host, size)
+    recipe = recipe_of(model)
+    done = Merged(model, {}, dict(held), {name: host.weight for name, host in held.items()}, recipe)
+    tables: dict[int, nn.Parameter] = {}
+    for name, host in held.items():
+        merged, done.errors[name] = made[id(host.weight)]
+        _replace_(model, name, host, merged, tables)
+    if hosts(model):
+        stamp_(model, recipe)
+    else:
+        unstamp_(model)
+    return done
+
+
+def _merged(name: str, host: Host, size: str) -> tuple[Structure, float]:
+    """The structure that an adapted one becomes, and its relative error."""
+    base, added = parts(host)
+    true = _wide(base) + sum(_wide(term) for term in added)
+    if not torch.isfinite(true).all():
+        bad = int((~torch.isfinite(true)).sum())
+        raise ValueError(
+            f"layer {name!r}: base + adapter has {bad} NaN or infinite entries; it is not merged"
+        )
+    trains = any(p.requires_grad for p in base.parameters())
+    if size == "dense" or isinstance(base, Dense):
+        merged: Structure = Dense.of(true.to(base.dtype))
+    else:
+        merged = _thin(name, base, added, size)
+    merged.requires_grad_(trains)
+    error, norm = float((_wide(merged) - true).norm()), float(true.norm())
+    return merged, error / norm if norm else 0.0
+
+
+def _thin(name: str, base: Structure, added: list[Structure], size: str) -> LowRank:
+    pair = factors_of(Sum.of(base, *added)) if type(base) is LowRank else None
+    if pair is None or type(base) is not LowRank:
+        raise ValueError(
+            f"layer {name!r}: an adapter beside a structure of kind {base.kind!r} has no exact merged form; "
+            "merge_(size='dense') makes the layer dense"
+        )
+    left, right = pair
+    if size == "same":
+        left, right = truncate(left @ right, Metric(), base.rank)
+        even = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
+        left, right = left * even, right / even[:, None]
+    if left.shape[1] > right.shape[1]:
+        raise ValueError(
+            f"layer {name!r}: merged it has rank {left.shape[1]}, more than its {right.shape[1]} inputs; "
+            "merge_(size='same') or size='dense'"
+        )
+    return LowRank.of(left.to(base.dtype), right.to(base.dtype))
+
+
+def _replace_(
+    model: nn.Module, name: str, host: Host, merged: Structure, tables: dict[int, nn.Parameter]
+) -> None:
+    """Put a merged structure in place; a dense one as the ordinary layer. Tied layers keep one parameter."""
+    host.weight, before = merged, host.weight
+    if isinstance(merged, Dense):
+        dense: Any = host.to_dense()
+        dense.weight.requires_grad_(merged.full.weight.requires_grad)
+        shared = tables.setdefault(id(merged), dense.weight)
+        if shared.shape == dense.weight.shape:
+            dense.weight = shared
+        host.weight = before
+        replace_(model, name, dense)
+
+
+def _wide(structure: Structure) -> Tensor:
+    """The matrix in at least float32, whatever its parts are held in."""
+    dtype = torch.promote_types(structure.dtype, torch.float32)
+    return (structure if structure.dtype == dtype else copy.deepcopy(structure).to(dtype)).to_dense()
+
+
+def _kind(model: nn.Module) -> str:
+    return next(model.parameters()).device.type

@@ -1,0 +1,74 @@
+"""Layers that are structured already, seen as the matrices they stand for: an adapter goes beside them too.
+
+W = LowRank, SparseCode, …   ->   Sum(that structure, frozen; adapter)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.hosts import Conv2d, Embedding, Host, hosts
+from rankfold.layers import Layer
+from rankfold.structure import Structure
+from rankfold.structures import Sum
+
+
+@dataclass(frozen=True)
+class Compressed(Layer):
+    """A host and its structure. Inputs and gradients are those of the matrix, as for a dense layer."""
+
+    @property
+    def held(self) -> Structure:
+        structure = self.module.weight
+        assert isinstance(structure, Structure)
+        return structure
+
+    @property
+    def owner(self) -> object:
+        return self.held
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.held.parameters())
+
+    @property
+    def lookup(self) -> bool:
+        return isinstance(self.module, Embedding)
+
+    @property
+    def host(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """One of the floating-point parameters: their dtype, device and whether they train."""
+        return next(p for p in self.held.parameters() if p.is_floating_point())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.held.shape
+
+    def matrix(self) -> Tensor:
+        with torch.no_grad():
+            return self.held.to_dense()
+
+    def join(self, structure: Structure) -> Structure:
+        """The structure that is held, with the adapters that a method put beside the matrix it stands for."""
+        assert isinstance(structure, Sum) and structure.frozen
+        return Sum.of(self.held, *structure.added, frozen=True)
+
+    def wrap(self, structure: Structure) -> Host:
+        """The same host, holding `structure`."""
+        assert isinstance(self.module, Host) and structure.shape == self.shape
+        self.module.weight = structure
+        return self.module
+
+
+def compressed(model: nn.Module) -> dict[str, Layer]:
+    """{name: layer} of the hosts of a model."""
+    return {
+        name: Compressed(host, isinstance(host, Conv2d) and host.spatial)
+        for name, host in hosts(model).items()
+    }
