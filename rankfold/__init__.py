@@ -57,24 +57,53 @@ _HOME = {
     "load_": "checkpoint",
     "to_dense_": "checkpoint",
     "verify": "checkpoint",
+    "Wavelet": "wavelet",
+    "LoRA": "methods",
+    "WaRA": "methods",
+    "PiSSA": "methods",
+    "freeze_": "adapters",
+    "trainable": "adapters",
+    "merge_": "adapters",
+    "TokenWara": "token_wavelet",
+    "token_wara_": "token_wavelet",
+    "save_adapter": "adapter_file",
+    "load_adapter_": "adapter_file",
+    "save_as_lora": "lora",
+    "load_lora_": "lora_load",
+    "extract_lora_": "extract",
+    "convert_": "convert",
+    "LamaPooling": "pooling",
+    "Pooling": "pooling",
+    "diversity_penalty": "pooling",
+    "pooler": "poolers",
+    "export_onnx": "onnx",
 }
 _MODULES = ("allocate", "checkpoint", "evaluate", "hf", "metrics", "recipes", "report", "testing", "data")
 
 if TYPE_CHECKING:
     from rankfold import allocate, checkpoint, data, evaluate, hf, metrics, recipes, report, testing
+    from rankfold.adapter_file import load_adapter_, save_adapter
+    from rankfold.adapters import freeze_, merge_, trainable
     from rankfold.automatic import auto_
     from rankfold.batch_norm import recalibrate_
     from rankfold.checkpoint import load_, save, to_dense_, verify
+    from rankfold.convert import convert_
     from rankfold.cut import cut_
+    from rankfold.extract import extract_lora_
     from rankfold.factorize import calibrate, factorize_
     from rankfold.groups import Groups
     from rankfold.layers import Layer, replace_, select
     from rankfold.linformer import LinformerAttention
+    from rankfold.lora import save_as_lora
+    from rankfold.lora_load import load_lora_
     from rankfold.method import Curve, DecompositionError, Method
-    from rankfold.methods import SVD, Dictionary, Scratch
+    from rankfold.methods import SVD, Dictionary, LoRA, PiSSA, Scratch, WaRA
     from rankfold.metric import Metric
     from rankfold.metrics import KFAC, AbsMean, Activation, Calibration, Fisher, Frobenius
+    from rankfold.onnx import export_onnx
     from rankfold.ordered_dropout import OrderedDropout
+    from rankfold.poolers import pooler
+    from rankfold.pooling import LamaPooling, Pooling, diversity_penalty
     from rankfold.recipe import Recipe
     from rankfold.regime import Regime
     from rankfold.report import Report
@@ -85,7 +114,9 @@ if TYPE_CHECKING:
     from rankfold.straight_through import StraightThrough
     from rankfold.structure import Structure, build
     from rankfold.structures import Dense, LowRank, Sum
+    from rankfold.token_wavelet import TokenWara, token_wara_
     from rankfold.truncate import Truncate
+    from rankfold.wavelet import Wavelet
 
 __all__ = [
     "KFAC",
@@ -100,12 +131,16 @@ __all__ = [
     "Fisher",
     "Frobenius",
     "Groups",
+    "LamaPooling",
     "Layer",
     "LinformerAttention",
+    "LoRA",
     "LowRank",
     "Method",
     "Metric",
     "OrderedDropout",
+    "PiSSA",
+    "Pooling",
     "Recipe",
     "Regime",
     "Report",
@@ -116,28 +151,44 @@ __all__ = [
     "StraightThrough",
     "Structure",
     "Sum",
+    "TokenWara",
     "Truncate",
+    "WaRA",
+    "Wavelet",
     "allocate",
     "auto_",
     "build",
     "calibrate",
     "checkpoint",
+    "convert_",
     "cut_",
     "data",
+    "diversity_penalty",
     "evaluate",
+    "export_onnx",
+    "extract_lora_",
     "factorize_",
+    "freeze_",
     "hf",
     "load_",
+    "load_adapter_",
+    "load_lora_",
+    "merge_",
     "metrics",
+    "pooler",
     "recalibrate_",
     "recipes",
     "replace_",
     "report",
     "save",
+    "save_adapter",
+    "save_as_lora",
     "select",
     "store_values_",
     "testing",
     "to_dense_",
+    "token_wara_",
+    "trainable",
     "verify",
 ]
 

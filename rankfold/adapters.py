@@ -72,6 +72,18 @@ def check_unadapted(layers: Mapping[str, Layer]) -> None:
             )
 
 
+def check_dense(layers: Mapping[str, Layer], recipe: str) -> None:
+    """Raise ValueError where one of the layers is compressed, for a recipe that takes its adapter's start out
+    of the weight: no structure holds what is left."""
+    for name, layer in layers.items():
+        if layer.held is not None:
+            raise ValueError(
+                f"layer {name!r} is compressed (kind {layer.held.kind!r}), and recipe {recipe!r} takes the "
+                "start of its adapter out of the weight, which leaves a dense rest; use recipes.lora, whose "
+                "start is zero, or skip the layer"
+            )
+
+
 @dataclass
 class Merged:
     """What `merge_` did. `undo` puts it back; without this object the old weights are freed.

@@ -1,12 +1,14 @@
-"""Lets plain `transformers` load a rankfold folder with no import of ours.
+"""Lets plain `transformers` and PEFT load a rankfold folder with no import of ours.
 
 torch loads the entry points of group `torch.backends` at the end of `import torch`; ours calls `install`,
-which costs microseconds and imports nothing. When transformers later asks a registry for one of our names,
-the module that owns the name is imported and registers itself: `rankfold.hf` for factorized weights, without
-which transformers only warns about an unknown quantizer and returns random weights, and `rankfold.models`.
+which costs microseconds and imports nothing. When they later ask a registry for one of our names, the module
+that owns the name is imported and registers itself: `rankfold.hf` for factorized weights, without which
+transformers only warns about an unknown quantizer and returns random weights, `rankfold.models`, and
+`rankfold.peft`.
 
 Never raises: an error here would break `import torch`. Off with RANKFOLD_AUTOLOAD=0 (or
-TORCH_DEVICE_BACKEND_AUTOLOAD=0): then import `rankfold.hf` and `rankfold.models` before loading.
+TORCH_DEVICE_BACKEND_AUTOLOAD=0): then import `rankfold.hf`, `rankfold.models` or `rankfold.peft` before
+loading.
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ REGISTRY = "transformers.quantizers.auto"
 TABLES = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
 CONFIGS = "transformers.models.auto.configuration_auto"
 MODEL_TYPES = ("rankfold_gru", "rankfold_transformer", "rankfold_classifier")
+ADAPTERS = "peft.mapping"
+ADAPTER_TABLE = "PEFT_TYPE_TO_CONFIG_MAPPING"
 
 
 def install() -> None:
-    """Make the registries of transformers know our names, now or when they are imported. Idempotent; never
-    raises."""
+    """Make the registries of transformers and PEFT know our names, now or when they are imported. Idempotent;
+    never raises."""
     try:
         if os.environ.get("RANKFOLD_AUTOLOAD") == "0":
             return
-        for name in (REGISTRY, CONFIGS):
+        for name in (REGISTRY, CONFIGS, ADAPTERS):
             if name in sys.modules:
-                _extend(sys.modules[name])
+                # Not PEFT's, once it is there: other modules of PEFT hold that very table.
+                if name != ADAPTERS:
+                    _extend(sys.modules[name])
             elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
                 sys.meta_path.insert(0, _Finder(name))
     except Exception:
@@ -60,17 +66,20 @@ class _Lazy(dict[str, Any]):
 
 
 def _extend(module: Any) -> None:
-    """Put lazy registries into a module of transformers that has been executed."""
+    """Put lazy registries into a module of transformers or PEFT that has been executed."""
     if module.__name__ == REGISTRY:
         for name in TABLES:
-            table = getattr(module, name, None)
-            if isinstance(table, dict) and not isinstance(table, _Lazy):
-                setattr(module, name, _Lazy(table, "rankfold.hf", ["rankfold"]))
-        return
-    # What third parties register there: model types, and the classes of their configs.
-    mapping = module.CONFIG_MAPPING
-    if isinstance(mapping._extra_content, dict) and not isinstance(mapping._extra_content, _Lazy):
-        mapping._extra_content = _Lazy(mapping._extra_content, "rankfold.models", MODEL_TYPES)
+            _make_lazy(module, name, "rankfold.hf", ["rankfold"])
+    elif module.__name__ == ADAPTERS:
+        _make_lazy(module, ADAPTER_TABLE, "rankfold.peft", ["WARA"])
+    else:  # what third parties register there: model types, and the classes of their configs
+        _make_lazy(module.CONFIG_MAPPING, "_extra_content", "rankfold.models", MODEL_TYPES)
+
+
+def _make_lazy(holder: Any, name: str, owner: str, names: Iterable[str]) -> None:
+    table = getattr(holder, name, None)
+    if isinstance(table, dict) and not isinstance(table, _Lazy):
+        setattr(holder, name, _Lazy(table, owner, names))
 
 
 class _Finder(importlib.abc.MetaPathFinder):

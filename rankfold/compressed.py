@@ -57,6 +57,7 @@ class Compressed(Layer):
     def join(self, structure: Structure) -> Structure:
         """The structure that is held, with the adapters that a method put beside the matrix it stands for."""
         assert isinstance(structure, Sum) and structure.frozen
+        assert not any(getattr(term, "taken", False) for term in structure.added), "the base would be another"
         return Sum.of(self.held, *structure.added, frozen=True)
 
     def wrap(self, structure: Structure) -> Host:

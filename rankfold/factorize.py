@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rankfold.adapters import check_unadapted, freeze_, trainable
+from rankfold.adapters import check_dense, check_unadapted, freeze_, trainable
 from rankfold.batches import Batch
 from rankfold.compressed import compressed
 from rankfold.fits import Fits
@@ -70,6 +70,8 @@ def factorize_(
     layers = select(model, targets, skip, conv=conv, more=compressed(model) if adds else None)
     if adds:
         check_unadapted(layers)
+    if recipe.method.takes:
+        check_dense(layers, recipe.name)
     ties = tied(model, layers)
     items = stacks(recipe.groups, layers, ties)
     limit = check_budget(recipe, items, budget, unit)

@@ -46,6 +46,7 @@ class Method(ABC):
     costly: ClassVar[bool] = False  # do errors take long? then they are not asked for where nobody reads them
     fresh: ClassVar[bool] = False  # does `fit` ignore the weight's values, and start anew at random?
     adds: ClassVar[bool] = False  # does it leave the weight, frozen, and put something that trains beside it?
+    takes: ClassVar[bool] = False  # one that adds: is its start taken out of the weight, which then changes?
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -202,6 +202,18 @@ def test_beside_layers_that_are_compressed(base: str, tiny_llama: Callable[..., 
     assert set(trainable(freeze_(again))) == set(trainable(model))
 
 
+def test_pissa_beside_a_compressed_layer_is_refused() -> None:
+    """Its principal part comes out of the weight, and the factors that stand there cannot give it."""
+    model, x = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 20)), torch.randn(4, 30)
+    factorize_(model, recipes.svd, budget=0.5, targets=["0"])
+    before = model(x)
+    with pytest.raises(ValueError, match=r"layer '0' is compressed \(kind 'low_rank'\).*use recipes\.lora"):
+        factorize_(model, recipes.pissa(rank=2))
+    assert torch.equal(model(x), before) and all(p.requires_grad for p in model.parameters())
+    factorize_(model, recipes.pissa(rank=2), skip=["0"])
+    torch.testing.assert_close(model(x), before)
+
+
 def test_a_compressed_convolution() -> None:
     model, x = Images(), torch.randn(4, 3, 20, 20)
     factorize_(model, recipes.svd, budget=0.6, targets=["b", "c"])

@@ -126,6 +126,73 @@ def test_saved_folder_holds_nothing_pickled(written: Path) -> None:
     }
 
 
+ADAPTER = """
+import sys, torch
+from torch import nn
+{before}
+import peft
+assert "WARA" not in peft.PeftType.__members__ and "rankfold.peft" not in sys.modules
+torch.manual_seed(0)
+base = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+{after}
+model = peft.PeftModel.from_pretrained(base, sys.argv[1])
+assert type(model.base_model).__module__ == "rankfold.peft_tuner"
+torch.testing.assert_close(model(torch.ones(2, 8)), torch.load(sys.argv[1] + "/expected"))
+"""
+
+
+def adapter_process(folder: Path, before: str = "", after: str = "", **environment: str) -> tuple[int, str]:
+    code = ADAPTER.format(before=before, after=after)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return run.returncode, run.stderr
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A WaRA adapter that PEFT wrote, and the outputs with it."""
+    peft = pytest.importorskip("peft")
+    from rankfold.peft import WaraConfig
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 6))
+    model = peft.get_peft_model(base, WaraConfig(r=2, target_modules=["0", "1"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.requires_grad
+        expected = model(torch.ones(2, 8))
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    torch.save(expected, folder / "expected")
+    return folder
+
+
+def test_plain_peft_opens_our_adapter(adapter: Path) -> None:
+    status, errors = adapter_process(adapter)
+    assert status == 0, errors
+
+
+def test_peft_where_autoload_is_off_or_came_late(adapter: Path) -> None:
+    """PEFT was there first: its modules hold the very table, which must stay; the import still helps."""
+    late = "import rankfold.autoload; rankfold.autoload.install()"
+    status, errors = adapter_process(adapter, after=late, RANKFOLD_AUTOLOAD="0")
+    assert status == 1 and "KeyError: 'WARA'" in errors
+    late = "import os; del os.environ['RANKFOLD_AUTOLOAD']; " + late + "; import rankfold.peft"
+    status, errors = adapter_process(adapter, after=late, RANKFOLD_AUTOLOAD="0")
+    assert status == 0, errors
+
+
+def test_a_peft_that_we_do_not_know_says_so(adapter: Path) -> None:
+    status, errors = adapter_process(adapter, after='peft.__version__ = "0.99.0"')
+    assert status == 1 and "KeyError" not in errors
+    assert "ImportError: rankfold.peft extends private tables of PEFT" in errors and "0.99.0" in errors
+
+
 # The hook itself, without a process.
 
 
@@ -142,6 +209,7 @@ def test_install_is_idempotent_and_can_be_switched_off(
 ) -> None:
     monkeypatch.delitem(sys.modules, autoload.REGISTRY, raising=False)
     monkeypatch.delitem(sys.modules, autoload.CONFIGS, raising=False)
+    monkeypatch.delitem(sys.modules, autoload.ADAPTERS, raising=False)
     monkeypatch.setenv("RANKFOLD_AUTOLOAD", "0")
     autoload.install()
     assert not any(isinstance(finder, autoload._Finder) for finder in finders)
@@ -149,7 +217,7 @@ def test_install_is_idempotent_and_can_be_switched_off(
     autoload.install()
     autoload.install()
     names = [finder.name for finder in finders if isinstance(finder, autoload._Finder)]
-    assert sorted(names) == sorted([autoload.REGISTRY, autoload.CONFIGS])
+    assert sorted(names) == sorted([autoload.REGISTRY, autoload.CONFIGS, autoload.ADAPTERS])
 
 
 def test_install_extends_a_registry_that_is_already_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,8 +246,11 @@ class WaRA(Adapter, kind="wara"):
 class PiSSA(Adapter, kind="pissa"):
     """Trains the truncated SVD of the weight, √σ on both sides, and freezes the rest. [arXiv 2404.02948]
 
-    The weight is split in two, so outputs are as before only up to rounding, in the weight's dtype.
+    The weight is split in two, so outputs are as before only up to rounding, in the weight's dtype. The rest
+    is dense, whatever the layer was: layers that are compressed already are refused by `factorize_`.
     """
+
+    takes: ClassVar[bool] = True
 
     def start_(self, term: Structure, weight: Tensor) -> Tensor:
         assert isinstance(term, LowRank)
