@@ -27,6 +27,7 @@ from rankfold.low_rank_form import factors_of
 from rankfold.manifest import recipe_of, stamp_, unstamp_
 from rankfold.methods.svd import truncate
 from rankfold.metric import Metric
+from rankfold.report import Report
 from rankfold.structure import Structure
 from rankfold.structures import Dense, LowRank, Sum
 
@@ -60,6 +61,12 @@ def freeze_(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of what trains."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_(report: Report, model: nn.Module) -> None:
+    """Write into the report of an adapter run how many parameters train, and the bytes that were added."""
+    report.totals["params_trained"] = sum(p.numel() for p in trainable(model).values())
+    report.totals["bytes_added"] = sum(row.bytes_after - row.bytes_before for row in report.layers)
 
 
 def check_unadapted(layers: Mapping[str, Layer]) -> None:

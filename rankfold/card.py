@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rankfold import report_adapters as adapters
 from rankfold import report_facts as facts
 from rankfold import report_healing as healings
 from rankfold import report_training as trainings
@@ -39,7 +40,7 @@ def card(
     parts = [
         _front(report, base_model, license, pipeline_tag, language, loader),
         _what(report),
-        _loading(loader),
+        _loading(loader, plain=facts.kind(report) == "dense"),
         _table(report),
         _samples(report),
         _layers(report),
@@ -58,6 +59,7 @@ def _front(
 ) -> str:
     base = base_model or (report.model if _HUB_ID.fullmatch(report.model) else None)
     kinds = {row.structure for row in report.layers if not row.dense and row.structure.isidentifier()}
+    what = facts.kind(report)
     fields: dict[str, Any] = {
         "library_name": "transformers" if loader else "rankfold",
         "license": license,
@@ -65,8 +67,8 @@ def _front(
         "pipeline_tag": pipeline_tag,
         "base_model": None if report.training else base,
         # The hub knows four relations of a model to its base; this is that of a smaller copy of the weights.
-        "base_model_relation": "quantized" if base and not report.training else None,
-        "tags": ["rankfold", "pretrained" if report.training else "compressed", *sorted(kinds)],
+        "base_model_relation": "quantized" if base and what == "compressed" else None,
+        "tags": ["rankfold", what, *sorted(kinds)],
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value]
     return "\n".join(["---", *lines, "---"])
@@ -81,6 +83,19 @@ def _what(report: Report) -> str:
             f"Trained from scratch with rankfold. Of the dense model of its sizes it holds {kept}",
             "",
             *(f"- {label}: {_plain(words)}" for label, words in trainings.lines(report)),
+        ]
+    elif facts.kind(report) == "dense":
+        lines = [
+            "An ordinary checkpoint, made by rankfold of a structured model, whose layers are dense again: "
+            f"{size(before)} → {size(after)}."
+        ]
+    elif facts.kind(report) == "adapter":
+        lines = [
+            f"Adapters, put beside the weights with rankfold: {size(before)} → {size(after)}.",
+            "",
+            *(f"- {label}: {_plain(words)}" for label, words in adapters.lines(report)),
+            "",
+            facts.speed(report)[0],
         ]
     else:
         lines = [
@@ -98,7 +113,8 @@ def _what(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _loading(loader: str) -> str:
+def _loading(loader: str, plain: bool) -> str:
+    """How to open the folder; `plain`: there is nothing of rankfold in it."""
     if not loader:
         return """## Load it
 
@@ -112,17 +128,20 @@ import rankfold
 model = ...  # the dense architecture, with any weights
 rankfold.load_(model, "path/to/this/folder")
 ```"""
+    code = f"""```python
+from transformers import {loader}
+
+model = {loader}.from_pretrained("path/to/this/folder")
+```"""
+    if plain:
+        return f"## Load it\n\n{code}\n\nNothing else is needed."
     return f"""## Load it
 
 ```sh
 pip install "rankfold[hf]"
 ```
 
-```python
-from transformers import {loader}
-
-model = {loader}.from_pretrained("path/to/this/folder")
-```
+{code}
 
 With rankfold installed, nothing else has to be imported. Where its autoload is switched off, write
 `import rankfold.hf` first. Without rankfold, transformers cannot rebuild these layers and would fill them
@@ -135,7 +154,8 @@ def _table(report: Report) -> str:
     ]
     if not rows:
         return ""
-    text = "## Before and after\n\n| | dense | compressed | change |\n|---|--:|--:|--:|\n" + "\n".join(rows)
+    heads = " | ".join(facts.sides(report))
+    text = f"## Before and after\n\n| | {heads} | change |\n|---|--:|--:|--:|\n" + "\n".join(rows)
     data = (report.evaluation or {}).get("data")
     if isinstance(data, Mapping) and data:
         text += f"\n\nEvaluated on: {_pairs(data)}."
@@ -163,15 +183,18 @@ def _layers(report: Report) -> str:
             f"| {_plain(label)} | {len(layers)} | {shapes} | {span} | {sum(row.dense for row in layers)} | "
             f"{size(before)} → {size(after)} | {percent(facts.fraction(after, before))} |"
         )
-    head = "| type | layers | shape | size | left dense | bytes | kept |\n|---|--:|---|--:|--:|--:|--:|"
+    other, kept = "no adapter" if facts.kind(report) == "adapter" else "left dense", facts.kept(report)
+    head = f"| type | layers | shape | size | {other} | bytes | {kept} |\n|---|--:|---|--:|--:|--:|--:|"
     text = f"## Layers\n\n{head}\n" + "\n".join(rows) if rows else "## Layers\n\nNo layer was selected."
-    kept = [
+    others = [
         f"- {_plain(reason)}: {len(found)}, for example {_plain(found[0].name)}"
         for reason, found in facts.left_dense(report)
     ]
-    if kept:
-        text += "\n\nStayed dense:\n\n" + "\n".join(kept)
-    gap = "" if report.training else f"Allocation: {_plain(facts.gap(report))}\n\n"
+    if others:
+        title = "Without one" if facts.kind(report) == "adapter" else "Stayed dense"
+        text += f"\n\n{title}:\n\n" + "\n".join(others)
+    compressed = facts.kind(report) == "compressed"
+    gap = f"Allocation: {_plain(facts.gap(report))}\n\n" if compressed else ""
     return f"{text}\n\n{gap}Every layer is in `{FILE_NAME}`."
 
 
@@ -180,7 +203,7 @@ def _recipe(report: Report) -> str:
     lines = ["## Repeat it", "", _fenced(recipe, "json"), ""]
     if report.data:
         lines.append(f"- {'Data' if report.training else 'Calibration data'}: {_pairs(report.data)}")
-    if not report.training:
+    if facts.kind(report) == "compressed":
         lines.append(f"- Budget: {report.budget} of the {_plain(facts.unit(report))} of the selected layers")
     if report.seed is not None:
         lines.append(f"- Seed: {report.seed}")

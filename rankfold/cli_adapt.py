@@ -1,20 +1,43 @@
-"""`rankfold adapt`: what is trained on a model that exists already. For now healing; see `rankfold.heal`."""
+"""`rankfold adapt`: what is trained on a model that exists already: adapters (`rankfold.adapt`), or with
+--heal what compressing cost (`rankfold.heal`)."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from rankfold.cli_options import Json, Model, Overwrite, Verify
+from rankfold.cli_adapt_options import (
+    AdapterOnly,
+    Alpha,
+    AsLora,
+    Epochs,
+    Init,
+    Keep,
+    LabelColumn,
+    Levels,
+    Merge,
+    Patience,
+    Rank,
+    Recipe,
+    Steps,
+    TextColumn,
+    Wavelet,
+    check_alone,
+    of_recipe,
+)
+from rankfold.cli_options import Json, Model, Overwrite, Skip, Targets, Verify
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
 
 @app.command()
 def adapt(
+    ctx: typer.Context,
     model: Model,
     out: Annotated[str, typer.Argument(help="folder to write; a run in progress is in OUT.run")],
+    recipe: Recipe = None,
     heal: Annotated[
         str | None,
         typer.Option(
@@ -25,17 +48,31 @@ def adapt(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="text to train on, NAME[:split], repeatable, in equal shares: wikipedia:train, my.jsonl, a "
-            "hub data set"
+            help="what to train on, NAME[:split], repeatable, in equal shares: wikipedia:train, my.jsonl, a "
+            "hub data set; chats; for a classifier one labelled set: movie:train, my.csv"
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="tokens to train on, all texts and epochs together")] = 300_000,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    wavelet: Wavelet = None,
+    levels: Levels = None,
+    init: Init = None,
+    targets: Targets = None,
+    skip: Skip = None,
+    keep_trainable: Keep = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="tokens to train on, all texts and epochs together; default 300000")
+    ] = None,
     validation: Annotated[
         list[str] | None,
         typer.Option(help="text to choose the best state on, repeatable; default: held out of --data"),
     ] = None,
     held_out: Annotated[float, typer.Option(help="share of documents held out of --data")] = 0.1,
-    validation_tokens: Annotated[int, typer.Option(help="tokens to choose on, at most")] = 8192,
+    validation_tokens: Annotated[
+        int | None, typer.Option(help="tokens to choose on, at most; default 8192")
+    ] = None,
     test: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,10 +80,20 @@ def adapt(
             "texts in --data"
         ),
     ] = None,
-    length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
-    batch_size: Annotated[int, typer.Option(help="windows in a batch")] = 2,
-    accumulate: Annotated[int, typer.Option(help="batches to a step")] = 1,
-    lr: Annotated[float, typer.Option(help="highest learning rate; by a cosine to a tenth of it")] = 2e-4,
+    length: Annotated[
+        int | None, typer.Option(help="tokens in a window; default 512, or 128 of a labelled text")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="windows in a batch; default 2, or 32 labelled texts")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="batches to a step; default 1")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="highest learning rate; by a cosine to a tenth of it. Default 5e-4, full 5e-5, probe 2e-3, "
+            "--heal 2e-4"
+        ),
+    ] = None,
     warmup: Annotated[float, typer.Option(help="share of the steps in which it rises")] = 0.1,
     clip: Annotated[float, typer.Option(help="norm that gradients are clipped to, 0: not")] = 1.0,
     lm: Annotated[
@@ -64,8 +111,14 @@ def adapt(
     save_every: Annotated[
         int | None, typer.Option(help="steps between checkpoints; default: a tenth of all")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the order of the text")] = 0,
+    patience: Patience = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    seed: Annotated[int, typer.Option(help="of the order of the text, and of what is drawn")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    merge: Merge = False,
+    adapter_only: AdapterOnly = False,
+    as_lora: AsLora = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on, or fail; without it: go on where there is a run")
     ] = False,
@@ -77,15 +130,17 @@ def adapt(
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Train MODEL further, and write OUT, an ordinary folder. With --heal ORIGINAL: what compressing cost.
+    """Fine-tune MODEL with an adapter (--recipe), or win back what compressing it cost (--heal ORIGINAL).
 
     Stopped or killed, the same command goes on from the last checkpoint, to the same bytes.
     """
     with session(json_):
-        if heal is None:
-            raise ValueError("what to adapt: --heal ORIGINAL, the model that MODEL was compressed from")
+        check_alone(ctx.params)
         if resume and restart:
             raise ValueError("--resume and --restart: one of them")
+        if heal is None:
+            _recipe(model, out, json_, of_recipe(ctx.params))
+            return
         from rankfold import heal as healing
 
         report, folder = healing.heal(
@@ -93,15 +148,15 @@ def adapt(
             out,
             original=heal,
             data=data or (),
-            tokens=tokens,
+            tokens=300_000 if tokens is None else tokens,
             validation=validation or (),
             held_out=held_out,
-            validation_tokens=validation_tokens,
+            validation_tokens=8192 if validation_tokens is None else validation_tokens,
             tests=test or (),
-            length=length,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            lr=lr,
+            length=512 if length is None else length,
+            batch_size=2 if batch_size is None else batch_size,
+            accumulate=1 if accumulate is None else accumulate,
+            lr=healing.LR if lr is None else lr,
             warmup=warmup,
             clip=clip,
             dtype=dtype,
@@ -126,3 +181,21 @@ def adapt(
         console.print(
             f"\nWrote [bold]{folder}[/bold]: open {folder}/report.html, or `rankfold report {folder}`."
         )
+
+
+def _recipe(model: str, out: str, json_: bool, options: dict[str, Any]) -> None:
+    from rankfold.adapt import adapt as run
+    from rankfold.adapt.tables import print_facts
+
+    facts, folder = run(
+        model,
+        out,
+        progress=lambda: bars(console),
+        say=lambda words: console.print(words, highlight=False, markup=False),
+        **options,
+    )
+    if json_:
+        print_json({"out": str(folder), **facts})
+        return
+    print_facts(facts, Console())
+    console.print(f"\nWrote [bold]{folder}[/bold]: open {folder}/report.html.")

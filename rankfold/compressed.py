@@ -5,6 +5,7 @@ W = LowRank, SparseCode, …   ->   Sum(that structure, frozen; adapter)
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,14 @@ class Compressed(Layer):
         assert isinstance(self.module, Host) and structure.shape == self.shape
         self.module.weight = structure
         return self.module
+
+
+def exact(layer: Layer) -> Tensor:
+    """The matrix that a layer stands for, in float64 and built there: factors of 16 bits are exact numbers,
+    their product in 16 bits is not."""
+    with torch.no_grad():
+        held = layer.held
+        return layer.matrix().double() if held is None else copy.deepcopy(held).double().to_dense()
 
 
 def compressed(model: nn.Module) -> dict[str, Layer]:

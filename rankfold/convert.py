@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.compressed import compressed
+from rankfold.compressed import compressed, exact
 from rankfold.factorize import check_weights, tied
 from rankfold.hosts import hosts
 from rankfold.layers import Layer, replace_, select
 from rankfold.low_rank_form import factors_of, truncated
 from rankfold.manifest import stamp_, unstamp_
-from rankfold.outcome import row_of, skipped_of, take_, totals_of
+from rankfold.outcome import row_as_is, skipped_of, take_, totals_of
 from rankfold.report import LayerRow, Report
 from rankfold.sparse import Sparse
 from rankfold.structure import Structure
@@ -121,14 +121,11 @@ def _check(to: str, rank: int | None, density: float | None) -> None:
 def _converted(
     name: str, layer: Layer, to: str, rank: int | None, density: float | None
 ) -> tuple[Structure, LayerRow]:
-    old = _exact(layer)
+    old = exact(layer)
     dtype = layer.tensor.dtype
     structure, size = _made(name, layer, old, to, rank, density)
     structure = structure.to(dtype)
-    row = row_of(name, layer.host, layer.shape, layer.tensor.element_size(), full_rank=min(layer.shape))
-    if layer.held is not None:
-        held = layer.held
-        row.bytes_before, row.params_before, row.macs_before = held.nbytes, held.params, held.macs
+    row = row_as_is(name, layer, full_rank=min(layer.shape))
     if isinstance(structure, Dense):
         entries = old.numel()
         row.bytes_after, row.params_after, row.macs_after = structure.nbytes, entries, entries
@@ -188,13 +185,6 @@ def _replace_(
                 module.weight = shared
             shared = module.weight
         replace_(model, member, module)
-
-
-def _exact(layer: Layer) -> Tensor:
-    """The layer's matrix in float64, built there."""
-    with torch.no_grad():
-        held = layer.held
-        return layer.matrix().double() if held is None else copy.deepcopy(held).double().to_dense()
 
 
 def _report(

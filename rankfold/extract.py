@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapters import check_unadapted
+from rankfold.adapters import check_unadapted, count_
 from rankfold.allocate import Allocation, lagrangian
-from rankfold.compressed import compressed
+from rankfold.compressed import compressed, exact
 from rankfold.factorize import check_weights, tied
 from rankfold.layers import Layer, replace_, select
 from rankfold.manifest import stamp_
 from rankfold.method import Curve
-from rankfold.outcome import row_of, skipped_of, take_, totals_of
+from rankfold.outcome import row_as_is, skipped_of, take_, totals_of
 from rankfold.report import LayerRow, Report
 from rankfold.structures import Dense, LowRank, Sum
 
@@ -88,6 +88,7 @@ def extract_lora_(
         for member in owners[name]:
             replace_(base, member, layers[member].wrap(structure))
     _take_(base, others[0])
+    count_(report, base)
     stamp_(base, report.recipe)
     return report
 
@@ -125,8 +126,8 @@ def _limit(rank: int | None, budget: float | None, total: int) -> int:
 
 def _change(name: str, layers: Mapping[str, Layer], theirs: Mapping[str, Layer]) -> Tensor:
     """Δ in float64. Low-precision checkpoints are exact numbers: nothing is lost here."""
-    ours = layers[name].matrix().double()
-    return theirs[name].matrix().to(ours.device).double() - ours
+    ours = exact(layers[name])
+    return exact(theirs[name]).to(ours.device) - ours
 
 
 def _curve(shape: tuple[int, int], squares: Tensor, rank: int | None) -> Curve:
@@ -151,7 +152,7 @@ def _fit(
 ) -> tuple[Sum | None, LayerRow]:
     layer = layers[name]
     weight = layer.matrix()
-    row = row_of(name, layer.host, layer.shape, weight.element_size(), full_rank=min(layer.shape))
+    row = row_as_is(name, layer, full_rank=min(layer.shape))
     if rank == 0:
         row.error, row.relative_error = energy, 1.0 if energy else 0.0
         row.note = "no adapter: worth its bytes elsewhere" if energy else "no adapter: it did not change"

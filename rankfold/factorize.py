@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rankfold.adapters import check_dense, check_unadapted, freeze_, trainable
+from rankfold.adapters import check_dense, check_unadapted, count_, freeze_
 from rankfold.batches import Batch
 from rankfold.compressed import compressed
 from rankfold.fits import Fits
@@ -111,9 +111,7 @@ def factorize_(
         for member in next(members for members in ties.values() if members[-1] == name):
             replace_(model, member, layers[member].wrap(structure))
     if adds:
-        freeze_(model)
-        report.totals["params_trained"] = sum(p.numel() for p in trainable(model).values())
-        report.totals["bytes_added"] = sum(row.bytes_after - row.bytes_before for row in report.layers)
+        count_(report, freeze_(model))
     if fitted:
         stamp_(model, recipe.to_json())
     return report

@@ -35,14 +35,7 @@ def fit(
     What the layers of a group share is counted once, in equal parts: the rows add up to what is stored.
     """
     facts = {"spectrum": _sampled(curve.spectrum), "full_rank": min(item.shape)}
-    rows = [
-        row_of(name, layer.host, layer.shape, layer.tensor.element_size(), **facts)
-        for name, layer in item.layers.items()
-    ]
-    for row, layer in zip(rows, item.layers.values(), strict=True):
-        if layer.held is not None:
-            held = layer.held
-            row.bytes_before, row.params_before, row.macs_before = held.nbytes, held.params, held.macs
+    rows = [row_as_is(name, layer, **facts) for name, layer in item.layers.items()]
     if size is None:
         for row in rows:
             row.note = _why_dense(item, metrics, curve)
@@ -108,6 +101,15 @@ def row_of(name: str, host: str, shape: tuple[int, int], width: int, **facts: An
         macs_after=count,
         **facts,
     )
+
+
+def row_as_is(name: str, layer: Layer, **facts: Any) -> LayerRow:
+    """The row of a layer as it is, before anything is made of it: dense, or what it holds already."""
+    row = row_of(name, layer.host, layer.shape, layer.tensor.element_size(), **facts)
+    if (held := layer.held) is not None:
+        row.bytes_before, row.params_before, row.macs_before = held.nbytes, held.params, held.macs
+        row.bytes_after, row.params_after, row.macs_after = held.nbytes, held.params, held.macs
+    return row
 
 
 def take_(row: LayerRow, structure: Structure, size: Any) -> None:

@@ -38,6 +38,33 @@ def unit(report: Report) -> str:
     return UNITS.get(report.unit, clean(report.unit))
 
 
+def kind(report: Report) -> str:
+    """What was made, in a word: "compressed", "pretrained", "adapter" (beside weights that stay), or "dense"
+    (what had been structured, as an ordinary model)."""
+    if report.training:
+        return "pretrained"
+    if "params_trained" in report.totals:
+        return "adapter"
+    return "dense" if report.recipe.get("to") == "dense" else "compressed"
+
+
+def sides(report: Report) -> tuple[str, str]:
+    """What the model before and the model after are called over two columns."""
+    after = {"pretrained": "as trained", "adapter": "with adapters", "dense": "dense"}
+    what = kind(report)
+    return "as it was" if what == "dense" else "dense", after.get(what, what)
+
+
+def kept(report: Report) -> str:
+    """What the bytes after, over those before, are called."""
+    return "kept" if kind(report) in ("compressed", "pretrained") else "of before"
+
+
+def left(report: Report) -> str:
+    """The title over what is as it was."""
+    return "What has no adapter, and why" if kind(report) == "adapter" else "What stayed dense, and why"
+
+
 def fraction(after: Any, before: Any) -> float | None:
     return after / before if known(after) and known(before) and before else None
 
@@ -215,7 +242,7 @@ def left_dense(report: Report) -> list[tuple[str, list[Any]]]:
     """What stayed dense, by why: selected layers the allocator left alone, then what was not selected."""
     groups: dict[str, list[Any]] = {}
     for row in report.layers:
-        if row.dense:
+        if row.dense and kind(report) != "dense":
             reason = row.note.removeprefix("stays dense:").strip() or "the allocator kept it dense"
             groups.setdefault(f"selected, but {clean(reason)}", []).append(row)
     for skipped in report.skipped:

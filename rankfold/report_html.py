@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rankfold import report_adapters as adapters
 from rankfold import report_facts as facts
 from rankfold import report_healing as healings
 from rankfold import report_training as trainings
@@ -37,6 +38,7 @@ def page(report: Report) -> str:
         _warnings,
         _training,
         healings.section,
+        adapters.section,
         _summary,
         _ranks,
         _spectra,
@@ -78,18 +80,23 @@ def _count(n: int, thing: str) -> str:
 
 def _head(report: Report) -> str:
     before, after = facts.total(report, "selected", "before"), facts.total(report, "selected", "after")
+    what = facts.kind(report)
+    asked = what == "compressed"
     tiles = [
-        _tile(
+        _tile("Adapters", f"on {adapters.places(report)}", f"{adapters.trained(report)} train")
+        if what == "adapter"
+        else _tile(
             "Selected layers",
-            f"{percent(report.reached)} kept",
+            f"{percent(report.reached)} {facts.kept(report)}",
             f"{size(before)} → {size(after)}"
-            + ("" if report.training else f"; asked: {percent(report.budget)} of their {facts.unit(report)}"),
+            + (f"; asked: {percent(report.budget)} of their {facts.unit(report)}" if asked else ""),
         )
     ]
     before, after = facts.total(report, "model", "before"), facts.total(report, "model", "after")
     kept = facts.fraction(after, before)
     if kept is not None:
-        tiles.append(_tile("Whole model", f"{percent(kept)} kept", f"{size(before)} → {size(after)}"))
+        said = f"{percent(kept)} {facts.kept(report)}"
+        tiles.append(_tile("Whole model", said, f"{size(before)} → {size(after)}"))
     if report.training:
         detail = "on documents held out (lower is better)"
         tiles.append(_tile("Validation perplexity", number(report.training.get("perplexity")), detail))
@@ -107,10 +114,13 @@ def _head(report: Report) -> str:
     quality = "" if known_quality else " Quality was not measured: there is no evaluation."
     dtype = f" in {report.dtype}" if report.dtype else ""
     small = sum(not row.dense for row in report.layers)
-    made = "Trained from scratch with" if report.training else "Compressed with"
+    made = {"adapter": "Adapted", "pretrained": "Trained from scratch"}.get(what, "Compressed")
     lead = (
-        f"{made} <strong>{escape(facts.recipe_name(report))}</strong>{escape(dtype)}: "
-        f"{small} of {_count(len(report.layers), 'selected layer')} factorized."
+        f"Made dense{escape(dtype)}: {_count(len(report.layers), 'layer')}."
+        if what == "dense"
+        else f"{made} with <strong>{escape(facts.recipe_name(report))}</strong>{escape(dtype)}: "
+        f"{small} of {_count(len(report.layers), 'selected layer')} "
+        f"{'adapted' if what == 'adapter' else 'factorized'}."
     )
     title = escape(facts.model_name(report)).replace("/", "/<wbr>")  # a hub name breaks after its owner
     kind = {"better": ' class="good"', "worse": ' class="bad"'}.get(verdict, "")
@@ -164,7 +174,8 @@ def _pairs(data: Mapping[str, Any]) -> str:
 
 
 def _bytes(report: Report) -> str:
-    return _section("Where the bytes went", bytes_by_type(report)) if report.layers else ""
+    shown = report.layers and facts.kind(report) in ("compressed", "pretrained")
+    return _section("Where the bytes went", bytes_by_type(report)) if shown else ""
 
 
 def _summary(report: Report) -> str:
@@ -172,7 +183,8 @@ def _summary(report: Report) -> str:
 
 
 def _ranks(report: Report) -> str:
-    return _section("What each layer kept", heat_map(report)) if report.layers else ""
+    shown = report.layers and facts.kind(report) in ("compressed", "pretrained")
+    return _section("What each layer kept", heat_map(report)) if shown else ""
 
 
 def _spectra(report: Report) -> str:
@@ -229,7 +241,8 @@ def _layers(report: Report) -> str:
         )
     if not rows:
         return ""
-    head = ("layer", "shape", "structure", "size", "before", "after", "kept", "error", "of loss", "note")
+    head = ("layer", "shape", "structure", "size", "before", "after", facts.kept(report), "error")
+    head += ("of loss", "note")
     if not any(row.note for row in report.layers):
         head, rows = head[:-1], [row.replace('<td class="left wrap"></td>', "") for row in rows]
     names = f"Names are relative to <code>{name(start[:-1])}</code>. " if start else ""
@@ -251,7 +264,7 @@ def _left(report: Report) -> str:
         opened = " open" if len(rows) <= 3 else ""
         head = f"{escape(reason)}: {_count(len(rows), 'tensor')}, {size(weight)}"
         parts.append(f'<details{opened}><summary>{head}</summary><p class="note">{names}</p></details>')
-    return _section("What stayed dense, and why", *parts) if parts else ""
+    return _section(facts.left(report), *parts) if parts else ""
 
 
 def _work(report: Report) -> str:
@@ -260,7 +273,7 @@ def _work(report: Report) -> str:
     cost = f" It spent {number(a.get('cost'))} of {number(a.get('budget'))} {facts.unit(report)}."
     allocation = (
         _section("How good is the allocation?", f"<p>{escape(facts.gap(report) + cost)}</p>")
-        if a and not report.training
+        if a and facts.kind(report) == "compressed"
         else ""
     )
     return f'<div class="two">{_section("Time", timings(report))}{allocation}</div>'

@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rankfold import report_adapters as adapters
 from rankfold import report_facts as facts
 from rankfold import report_healing as healings
 from rankfold import report_training as trainings
@@ -65,14 +66,19 @@ def _head(report: Report) -> Text:
     kept = facts.fraction(facts.total(report, "model", "after"), facts.total(report, "model", "before"))
     sizes = [[size(facts.total(report, k, s)) for s in ("before", "after")] for k in ("selected", "model")]
     unit = facts.unit(report)
-    return Text.assemble(
+    name = Text.assemble(
         (facts.model_name(report), "bold"),
         f" · {facts.recipe_name(report)} · {report.dtype or 'dtype not recorded'}\n",
+    )
+    if facts.kind(report) == "adapter":
+        return Text.assemble(name, f"Whole model: {sizes[1][0]} → {sizes[1][1]}\n{facts.speed(report)[0]}")
+    return Text.assemble(
+        name,
         f"Selected layers: {sizes[0][0]} → {sizes[0][1]}, ",
-        (f"{percent(report.reached)} of their {unit} kept", "bold"),
-        "\n" if report.training else f" (asked {percent(report.budget)})\n",
+        (f"{percent(report.reached)} of their {unit} {facts.kept(report)}", "bold"),
+        f" (asked {percent(report.budget)})\n" if facts.kind(report) == "compressed" else "\n",
         f"Whole model: {sizes[1][0]} → {sizes[1][1]}, ",
-        (f"{percent(kept)} of the bytes kept", "bold"),
+        (f"{percent(kept)} of the bytes {facts.kept(report)}", "bold"),
         f"\n{facts.speed(report)[0]}",
     )
 
@@ -85,23 +91,21 @@ def _training(report: Report) -> Text:
     return Text("\n").join([Text("Training", style="bold"), *parts])
 
 
-def _healing(report: Report) -> Text:
-    said = [Text.assemble((f"{label}: ", "bold"), clean(words)) for label, words in healings.lines(report)]
-    return Text("\n").join([Text("Healing", style="bold"), *said])
+def _said(title: str, lines: list[tuple[str, str]]) -> Text:
+    said = [Text.assemble((f"{label}: ", "bold"), clean(words)) for label, words in lines]
+    return Text("\n").join([Text(title, style="bold"), *said])
 
 
 def _before_after(report: Report) -> Table:
-    heads = (
-        ("Beside the dense model", "as trained") if report.training else ("Before and after", "compressed")
-    )
-    table = _table(heads[0], "", "dense", heads[1], "change")
+    title = "Beside the dense model" if report.training else "Before and after"
+    table = _table(title, "", *facts.sides(report), "change")
     for line in facts.before_after(report):
         table.add_row(line.label, line.before, line.after, Text(line.change, style=_VERDICT[line.verdict]))
     return table
 
 
 def _types(report: Report) -> Table:
-    table = _table("By type", "type", "layers", "sizes", "before", "after", "kept", "loss share")
+    table = _table("By type", "type", "layers", "sizes", "before", "after", facts.kept(report), "loss share")
     for label, rows in facts.by_type(report):
         sizes = sorted({row.size for row in rows if isinstance(row.size, int)})
         before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
@@ -130,7 +134,7 @@ def _layers(report: Report) -> Table:
         + (f" as {clean(kind)}" if kind else "")
         + (f"; names begin with {clean(start)}" if start else "")
     )
-    table = _table(title, "layer", "shape", "size", "bytes", "kept", "error", "of loss")
+    table = _table(title, "layer", "shape", "size", "bytes", facts.kept(report), "error", "of loss")
     for row in report.layers:
         cells = (
             shape(row.shape).replace(" ", ""),
@@ -145,7 +149,7 @@ def _layers(report: Report) -> Table:
 
 
 def _left(report: Report) -> Table:
-    table = _table("What stayed dense, and why", "why", "count", "bytes", "for example")
+    table = _table(facts.left(report), "why", "count", "bytes", "for example")
     table.columns[3].justify, table.columns[3].overflow, table.columns[3].no_wrap = "left", "fold", False
     for reason, rows in facts.left_dense(report):
         weight = sum(getattr(r, "bytes_after", None) or getattr(r, "bytes", 0) for r in rows)
@@ -157,7 +161,7 @@ def _foot(report: Report) -> Text:
     data = report.data or {}
     total = sum(value for value in report.timings.values() if isinstance(value, int | float))
     times = ", ".join(f"{clean(key)} {seconds(value)}" for key, value in report.timings.items())
-    lines = [] if report.training else [f"Allocation: {facts.gap(report)}"]
+    lines = [f"Allocation: {facts.gap(report)}"] if facts.kind(report) == "compressed" else []
     if times:
         lines.append(f"Time: {times} (together {seconds(total)})")
     if data:
@@ -182,7 +186,9 @@ def render(report: Report, layers: bool = True) -> Group:
     if report.training:
         parts += [_training(report), Text("")]
     if report.healing:
-        parts += [_healing(report), Text("")]
+        parts += [_said("Healing", healings.lines(report)), Text("")]
+    if facts.kind(report) == "adapter":
+        parts += [_said("Adapters", adapters.lines(report)), Text("")]
     parts += [_before_after(report), _types(report)]
     if layers and report.layers:
         parts.append(_layers(report))

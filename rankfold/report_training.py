@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankfold.report import Report
+from rankfold.report_facts import kind
 from rankfold.report_format import DASH, count, known, number, percent, size
 from rankfold.report_plots import escape
 
@@ -28,6 +29,10 @@ def title(report: Report, name: str, recipe: str) -> str:
     """What the report is about, in a line."""
     if of(report):
         return f"{name}, trained from scratch with {recipe}"
+    if kind(report) == "adapter":
+        return f"{name} with adapters, {recipe}"
+    if kind(report) == "dense":
+        return f"{name}, made dense"
     return f"{name}, {recipe} at {percent(report.budget, 0)}"
 
 

@@ -177,6 +177,7 @@ def test_plain_peft_opens_our_adapter(adapter: Path) -> None:
     assert status == 0, errors
 
 
+@pytest.mark.slow  # imports everything anew, twice
 def test_peft_where_autoload_is_off_or_came_late(adapter: Path) -> None:
     """PEFT was there first: its modules hold the very table, which must stay; the import still helps."""
     late = "import rankfold.autoload; rankfold.autoload.install()"
@@ -187,6 +188,7 @@ def test_peft_where_autoload_is_off_or_came_late(adapter: Path) -> None:
     assert status == 0, errors
 
 
+@pytest.mark.slow  # imports everything anew
 def test_a_peft_that_we_do_not_know_says_so(adapter: Path) -> None:
     status, errors = adapter_process(adapter, after='peft.__version__ = "0.99.0"')
     assert status == 1 and "KeyError" not in errors
@@ -252,6 +254,24 @@ def test_our_model_types_are_known_before_their_module_is_imported(monkeypatch: 
     assert found.__name__ == rankfold.models.RecurrentConfig.__name__
     with pytest.raises(KeyError, match="nonesuch"):
         mapping["nonesuch"]
+
+
+def test_our_adapter_type_is_looked_up_and_an_unknown_peft_is_refused(
+    finders: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    held = importlib.import_module(autoload.ADAPTERS)
+    plain: dict[str, Any] = {"LORA": 1}
+    monkeypatch.setattr(held, autoload.ADAPTER_TABLE, plain)
+    autoload.install()
+    assert getattr(held, autoload.ADAPTER_TABLE) is plain, "PEFT's other modules hold this very table"
+    autoload._extend(held)
+    table = getattr(held, autoload.ADAPTER_TABLE)
+    assert isinstance(table, autoload._Lazy) and table["LORA"] == 1
+    monkeypatch.delitem(sys.modules, "rankfold.peft", raising=False)
+    monkeypatch.setattr(peft, "__version__", "0.99.0")
+    with pytest.raises(ImportError, match=r"installed is 0\.99\.0"):
+        table["WARA"]
 
 
 def test_install_never_raises(finders: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,9 @@ def conversations(spec: str) -> list[tuple[str, list[dict[str, Any]]]]:
             for m in messages
         )
         if not good or not messages:
-            raise ValueError(f'{where}: "messages" must be a list of {{"role": …, "content": …}}, two strings')
+            raise ValueError(
+                f'{where}: "messages" must be a list of {{"role": …, "content": …}}, two strings'
+            )
         if not any(m["role"] == "assistant" for m in messages):
             raise ValueError(f"{where}: no message is of the assistant, so there is nothing to learn")
         found.append((where, messages))
@@ -211,4 +213,3 @@ def check_all_chat(specs: Sequence[str]) -> None:
                 f"{spec!r} is no .jsonl file of conversations, and others of --data, --validation or --test "
                 "are: texts and conversations do not mix in a run"
             )
-

@@ -122,7 +122,10 @@ def choice(
     """The choice by its recipe's name (or JSON file), with those of `options` that are not None. Raises
     ValueError for an unknown recipe, one that compresses, and an option that it does not have."""
     if name is None:
-        raise ValueError(f"how to adapt: --recipe, one of {', '.join(names())}; or --heal ORIGINAL")
+        raise ValueError(
+            "what to adapt: --heal ORIGINAL, the model that MODEL was compressed from; or --recipe, one of "
+            f"{', '.join(names())}"
+        )
     given = {key: value for key, value in options.items() if value is not None}
     where = {"targets": targets, "skip": skip, "keep-trainable": keep}
     if name in (FULL, PROBE):

@@ -106,7 +106,7 @@ class LanguageTrainer(_Small, PretrainTrainer):
 
     def take_best_(self) -> int:
         """Load the best state of the run, and return its step."""
-        _, step = min((loss, step) for step, loss in held_out_losses(self.state.log_history))
+        step = int(min((loss, step) for step, loss in held_out_losses(self.state.log_history))[1])
         found = read_state_(self.model, self.best)  # type: ignore[arg-type]
         if found != step:
             raise ValueError(

@@ -1,0 +1,230 @@
+"""Fine-tune a pretrained model with an adapter: `rankfold adapt MODEL OUT --recipe lora`.
+
+    classification   labelled texts      the head trains whole, adapters below it
+    language         text, or chats      adapters alone
+
+The model decides which: one that writes text goes on doing so, any other gets a head for the classes of the
+data. A run that was stopped goes on from its last checkpoint, to the same losses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankfold import data as texts
+from rankfold.adapt.chat import is_chat
+from rankfold.adapt.choice import choice
+from rankfold.adapt.classifier import adapt_classifier
+from rankfold.adapt.job import Job
+from rankfold.adapt.language import adapt_language
+from rankfold.adapt.material import Wanted
+from rankfold.adapt.output import form_of
+from rankfold.atomic import check_folder
+from rankfold.classify.rows import SUFFIXES
+from rankfold.classify.settings import Training
+from rankfold.classify.training import device_of
+from rankfold.data_classes import CLASSES
+from rankfold.gguf import PACKAGED, packaged_model
+from rankfold.judge import Bars
+
+DTYPES = ("float32", "bfloat16")
+# Options of one task that the other has not; those of both stand in neither.
+CLASSIFICATION = ("text_column", "label_column", "patience")
+LANGUAGE = ("tokens", "steps", "accumulate", "validation_tokens", "eval_every", "save_every")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "classification": {"epochs": 3, "batch_size": 32, "length": 128, "patience": 3},
+    "language": {"batch_size": 2, "length": 512},
+}
+
+
+def adapt(
+    model: str,
+    out: str,
+    *,
+    recipe: str | None,
+    data: Sequence[str],
+    progress: Bars,
+    say: Callable[[str], None],
+    options: Mapping[str, Any] | None = None,
+    targets: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    keep_trainable: Sequence[str] = (),
+    validation: Sequence[str] = (),
+    test: Sequence[str] = (),
+    held_out: float = 0.1,
+    lr: float | None = None,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    dtype: str = "float32",
+    seed: int = 0,
+    device: str | None = None,
+    merge: bool = False,
+    adapter_only: bool = False,
+    as_lora: bool = False,
+    restart: bool = False,
+    resume: bool = False,
+    keep_run: bool = False,
+    check: bool = True,
+    overwrite: bool = False,
+    **given: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Adapt MODEL, write OUT, and return what adapt.json says and the path.
+
+    recipe   of an adapter (lora, wara, …), "full" or "probe"; `options` are its rank, alpha, wavelet, levels,
+             init, those that are not None
+    data     one labelled source for a classifier; texts, or files of conversations, for a language model
+    given    epochs, batch_size, length, patience, text_column, label_column; tokens, steps, accumulate,
+             validation_tokens, eval_every, save_every. None is the default of the task
+
+    Raises ValueError for bad arguments and bad data before anything is trained, and where the loss is not a
+    number; `Stopped` where a signal ended the run, with a checkpoint.
+    """
+    chosen = choice(recipe, options or {}, targets=targets, skip=skip, keep=keep_trainable, seed=seed)
+    form = form_of(
+        chosen.name, chosen.recipe is not None, merge=merge, adapter_only=adapter_only, as_lora=as_lora
+    )
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r}: float32, or bfloat16 for autocast over the weights as they are")
+    if restart and resume:
+        raise ValueError("--resume and --restart: one of them")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("rankfold adapt runs in one process: start it without torchrun")
+    task = task_of(model)
+    stated = {key: value for key, value in given.items() if value is not None}
+    for key in stated:
+        if key in (LANGUAGE if task == "classification" else CLASSIFICATION):
+            what = "a classifier trains whole --epochs" if key in ("tokens", "steps") else f"{model} is none"
+            kind = "language models" if task == "classification" else "classifiers"
+            raise ValueError(f"--{key.replace('_', '-')}: of {kind}, and {what}")
+    check_data(task, model, data, [*validation, *test], stated.get("label_column", "label"))
+    stated = DEFAULTS[task] | stated
+    job = Job(
+        model=model,
+        folder=check_folder(out, overwrite),
+        choice=chosen,
+        form=form,
+        dtype=dtype,
+        device=device_of(device),
+        seed=seed,
+        progress=progress,
+        say=say,
+        restart=restart,
+        resume=resume,
+        keep_run=keep_run,
+        check=check,
+        overwrite=overwrite,
+    )
+    rate = chosen.rate if lr is None else lr
+    if task == "classification":
+        for option, specs in (("data", data), ("validation", validation), ("test", test)):
+            if len(specs) > 1:
+                raise ValueError(f"--{option}: a classifier takes one of them; {len(specs)} were given")
+        facts = adapt_classifier(
+            job,
+            Training(
+                epochs=stated["epochs"],
+                lr=rate,
+                batch_size=stated["batch_size"],
+                length=stated["length"],
+                patience=stated["patience"],
+                warmup=warmup,
+                clip=clip,
+                seed=seed,
+                device=job.device,
+            ),
+            data=data[0],
+            validation=validation[0] if validation else None,
+            held=held_out,
+            test=test[0] if test else None,
+            text_column=stated.get("text_column", "text"),
+            label_column=stated.get("label_column", "label"),
+        )
+        return facts, job.folder
+    accumulate = stated.get("accumulate", 1)
+    wanted = Wanted(
+        data=tuple(data),
+        validation=tuple(validation),
+        tests=tuple(test),
+        held_out=held_out,
+        validation_tokens=stated.get("validation_tokens", 8192),
+        length=stated["length"],
+        rows=stated["batch_size"] * accumulate,
+        epochs=stated.get("epochs"),
+        steps=stated.get("steps"),
+        tokens=stated.get("tokens"),
+    )
+    facts = adapt_language(
+        job,
+        wanted,
+        batch_size=stated["batch_size"],
+        accumulate=accumulate,
+        lr=rate,
+        warmup=warmup,
+        clip=clip,
+        eval_every=stated.get("eval_every"),
+        save_every=stated.get("save_every"),
+    )
+    return facts, job.folder
+
+
+def task_of(model: str) -> str:
+    """ "language" for a model that writes text, else "classification"; only its configuration is read. Raises
+    ValueError for a model that cannot be found."""
+    from transformers import AutoConfig
+
+    import rankfold.hf
+    import rankfold.models  # noqa: F401  its own kinds
+
+    path = packaged_model(model) if model in PACKAGED else model
+    if str(path).endswith(".gguf"):
+        return "language"
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"no model {model!r}: not a folder with config.json, not a .gguf file, not packaged "
+            f"({', '.join(PACKAGED)}), and the hub could not be asked ({str(error).splitlines()[0]})"
+        ) from error
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    return "language" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "classification"
+
+
+def check_data(task: str, model: str, data: Sequence[str], others: Sequence[str], label_column: str) -> None:
+    """Raise ValueError where the data is not what the model learns from: labels for one that writes text,
+    conversations for one that does not."""
+    if not data:
+        raise ValueError("what to train on: --data, such as movie:train, brown:train, my.csv, chats.jsonl")
+    for spec in (*data, *others):
+        name = texts.Spec.parse(spec).name
+        if task == "classification" and is_chat(spec):
+            raise ValueError(f"{spec!r} holds conversations, and {model} writes no text; name a causal model")
+        if task == "classification" or is_chat(spec):
+            continue
+        labelled = name in CLASSES or (Path(name).suffix in SUFFIXES and Path(name).suffix != ".jsonl")
+        if labelled or _has_label(name, label_column):
+            raise ValueError(
+                f"{spec!r} has labels, and {model} writes text: to classify, adapt a model that reads, such "
+                "as minilm; to learn the texts alone, put them without labels into a .jsonl file"
+            )
+
+
+def _has_label(name: str, column: str) -> bool:
+    """Whether the first line of a .jsonl file has that field."""
+    import json
+
+    path = Path(name)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    try:
+        record = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and column in record
+
+
+__all__ = ["adapt", "check_data", "task_of"]

@@ -1,0 +1,190 @@
+"""A classifier, adapted: labelled texts in; the head trains whole, the model below it by its adapters.
+
+examples -> model with a head -> adapters on -> scores before -> Trainer -> best epoch -> scores after
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.adapt.choice import head_of, trained_facts
+from rankfold.adapt.job import Job, before, finish, memory_of
+from rankfold.adapt.output import check_form
+from rankfold.adapt.trainer import ClassifierTrainer, ClassifierWatch
+from rankfold.classify.build import build, words
+from rankfold.classify.encode import Batches, Encoded, encode, logits_of
+from rankfold.classify.examples import Examples, check_spec, classes_of, held_out, numbers, read, warnings_of
+from rankfold.classify.scores import confusion, scores
+from rankfold.classify.settings import Choice as Classifier
+from rankfold.classify.settings import Training
+from rankfold.classify.trainer import best, epochs_of, evaluations, exhausted, history_of, restore_
+from rankfold.classify.training import check_pretrained
+from rankfold.footprint import params
+from rankfold.pretrain.report import thinned
+from rankfold.pretrain.run import Run, step_of
+from rankfold.pretrain.trainer import Stopped, curves, stopping
+from rankfold.provenance import weights_hash
+from rankfold.report_format import percent
+
+
+def adapt_classifier(
+    job: Job,
+    training: Training,
+    *,
+    data: str,
+    validation: str | None,
+    held: float,
+    test: str | None,
+    text_column: str,
+    label_column: str,
+) -> dict[str, Any]:
+    """Run the job and return the facts. Raises ValueError before anything trains for what cannot be, and
+    where the loss is not a number; `Stopped` where a signal ended the run, with a checkpoint."""
+    if not 0 <= held < 1:
+        raise ValueError(f"--held-out {held:g}: the share for validation, at least 0 and below 1")
+    for spec in (data, validation, test):
+        if spec is not None:
+            check_spec(spec)
+    kind = Classifier(model=job.model)
+    if kind.scratch:
+        raise ValueError(
+            f"{job.model!r} is trained from random weights, by rankfold classify train; adapt takes a model "
+            "that is trained already: minilm, a folder, a hub id"
+        )
+    check_pretrained(job.model, training.length)
+    columns = {"text_column": text_column, "label_column": label_column}
+    whole = read(data, **columns)  # type: ignore[arg-type]
+    names = classes_of(whole)
+    sets = {"train": whole}
+    if validation is not None:
+        sets["validation"] = read(validation, **columns)  # type: ignore[arg-type]
+    elif held:
+        sets["train"], sets["validation"] = held_out(whole, held)
+    if test is not None:
+        sets["test"] = read(test, **columns)  # type: ignore[arg-type]
+    labels = {part: numbers(item, names) for part, item in sets.items()}
+    known = words(kind, sets["train"].texts, training.length)
+    encoded = {part: encode(known.tokenizer, item.texts, training.length) for part, item in sets.items()}
+    said = warnings_of(sets["train"], {part: item for part, item in sets.items() if part != "train"})
+    said += _cut(sets, encoded)
+    model: Any = build(kind, known, names, seed=training.seed, length=training.length)
+    model.to(job.device)
+    head = head_of(model)
+    identity = {
+        "model": weights_hash(model),
+        "recipe": job.choice.to_json(),
+        "training": training.to_json() | {"dtype": job.dtype},
+        "data": {part: {"source": item.source, "hash": item.hash} for part, item in sets.items()},
+        "classes": names,
+    }
+    size = params(model)
+    report = job.choice.put_(model, head)
+    if report is not None:
+        check_form(model, job.form)
+        said += report.warnings
+    trained = trained_facts(model, size, report) | {"head": head}
+    run = Run(job.folder, identity)
+    for words_ in said:
+        job.say(f"warning: {words_}")
+    with job.progress() as tell:
+        run.open(restart=job.restart, resume=job.resume)
+        judged = [part for part in sets if part != "train"]
+
+        def measure() -> dict[str, Any]:
+            found = {}
+            for part in judged:
+                logits = logits_of(model, encoded[part], 2 * training.batch_size, tell=tell, stage=part)
+                matrix = confusion(labels[part], logits.argmax(-1).tolist(), len(names))
+                found[part] = scores(matrix, names)
+            return found
+
+        first = before(run, measure)
+        watch, went = _fit(job, run, model, training, encoded, labels, tell)
+        after = measure()
+        facts = {
+            "task": "classification",
+            "classes": names,
+            "trained": trained,
+            "data": {
+                part: {"source": item.source, "hash": item.hash, "n": len(item), "cut": encoded[part].cut}
+                for part, item in sets.items()
+            },
+            "settings": training.to_json() | {"dtype": job.dtype},
+            "training": went,
+            "metrics": {part: {"before": first[part], "after": after[part]} for part in judged},
+            "memory": memory_of(watch),
+            "warnings": said,
+        }
+        finish(job, run, model, known.tokenizer, facts, tell)
+    return facts
+
+
+def _fit(
+    job: Job,
+    run: Run,
+    model: Any,
+    training: Training,
+    encoded: dict[str, Encoded],
+    labels: dict[str, list[int]],
+    tell: Any,
+) -> tuple[ClassifierWatch, dict[str, Any]]:
+    """Train to the end of all epochs or of patience, load the best weights, and say how it went."""
+    batches = Batches(encoded["train"], labels["train"], training.batch_size, training.epochs, training.seed)
+    held: tuple[Encoded, Tensor] | None = None
+    if "validation" in encoded:
+        held = encoded["validation"], torch.tensor(labels["validation"])
+    watch = ClassifierWatch(tell, job.say, batches.per_epoch)
+    trainer = ClassifierTrainer(
+        model, run.folder, training, batches, held, watch, autocast=job.dtype == "bfloat16"
+    )
+    found = run.checkpoint()
+    done = step_of(found) if found else 0
+    history = history_of(found) if found else []
+    if found:
+        job.say(f"going on from {found}")
+    began = time.perf_counter()
+    if done < len(batches) and not exhausted(evaluations(history), training):
+        run.note(done)
+        with stopping(watch):
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+        history, done = trainer.state.log_history, trainer.state.global_step
+        if watch.stop and done < len(batches) and not exhausted(evaluations(history), training):
+            raise Stopped(
+                f"stopped after step {done} of {len(batches)}, with a checkpoint in {run.folder}; the same "
+                "command goes on"
+            )
+    restore_(model, run.folder)
+    train, validated = curves(history)
+    seen = evaluations(history)
+    return watch, {
+        "steps": done,
+        "epochs": epochs_of(history, batches.per_epoch),
+        "best_epoch": best(seen, training.best) + 1 if seen else done // batches.per_epoch,
+        "stopped_early": done < len(batches),
+        "train": thinned(train),
+        "validation": validated,
+        "seconds": time.perf_counter() - began,
+        "sessions": run.sessions,
+    }
+
+
+def _cut(sets: dict[str, Examples], encoded: dict[str, Encoded]) -> list[str]:
+    """Refuse texts in which the tokenizer finds nothing; say how many are cut."""
+    found = []
+    for part, data in sets.items():
+        empty = next((row for row, ids in enumerate(encoded[part].ids) if not ids), None)
+        if empty is not None:
+            raise ValueError(
+                f"{data.at(empty)}: the tokenizer finds no word in {data.texts[empty][:40]!r}; take "
+                "the row out"
+            )
+        if cut := encoded[part].cut:
+            found.append(
+                f"{cut} of the {len(data)} {part} texts ({percent(cut / len(data))}) are longer than "
+                f"{encoded[part].length} tokens and were cut there (--length)"
+            )
+    return found
