@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapted import adapted, is_adapted, parts
+from rankfold.adapted import adapted, is_adapted, parts, taken
 from rankfold.hosts import Host, hosts
 from rankfold.layers import Layer, replace_
-from rankfold.low_rank_form import factors_of
+from rankfold.low_rank_form import factors_of, truncated
 from rankfold.manifest import recipe_of, stamp_, unstamp_
-from rankfold.methods.svd import truncate
-from rankfold.metric import Metric
 from rankfold.report import Report
 from rankfold.structure import Structure
 from rankfold.structures import Dense, LowRank, Sum
@@ -38,7 +36,8 @@ def freeze_(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
     """Freeze everything but the adapters, and the parameters that the globs `keep` match by name
     ("classifier*"). Also what to call after loading a model with adapters, which then all trains.
 
-    Raises ValueError for a model without adapters, and for a glob that matches no parameter.
+    Raises ValueError for a model without adapters, and for a glob that matches no parameter, or only weights
+    under adapters, which stay frozen.
     """
     if isinstance(keep, str):
         raise ValueError(f"keep is a list of globs, e.g. keep=[{keep!r}]")
@@ -49,6 +48,10 @@ def freeze_(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
             raise ValueError(f"No parameter matches {pattern!r}. Nearest: {close}")
     terms = [term for host in adapted(model).values() for term in parts(host)[1]]
     bases = {id(p) for host in adapted(model).values() for p in parts(host)[0].parameters()}
+    free = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in bases]
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in free):
+            raise ValueError(f"{pattern!r} matches only weights under adapters, which stay frozen")
     model.requires_grad_(False)
     for term in terms:
         term.requires_grad_(True)
@@ -77,6 +80,17 @@ def check_unadapted(layers: Mapping[str, Layer]) -> None:
                 f"layer {name!r} has an adapter already; merge_ it into the weight first, or skip the layer. "
                 "Several adapters beside one another, to switch between, are what PEFT does"
             )
+
+
+def check_unmixed(model: nn.Module, takes: bool) -> None:
+    """Raise ValueError where adapters that are taken out of their weight (`takes`: PiSSA) and others would be
+    in one model: a saved one says for all of them together which they are."""
+    held = next((name for name, host in hosts(model).items() if is_adapted(host.weight)), None)
+    if held is not None and (taken(model) is not None) != takes:
+        raise ValueError(
+            f"layer {held!r} has an adapter already, and one of the two kinds is PiSSA, which changes the "
+            "weight beside it; a model has the one kind or the other. merge_ what is there first"
+        )
 
 
 def check_dense(layers: Mapping[str, Layer], recipe: str) -> None:
@@ -181,9 +195,7 @@ def _thin(name: str, base: Structure, added: list[Structure], size: str) -> LowR
         )
     left, right = pair
     if size == "same":
-        left, right = truncate(left @ right, Metric(), base.rank)
-        even = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
-        left, right = left * even, right / even[:, None]
+        left, right = truncated(left, right, base.rank)
     if left.shape[1] > right.shape[1]:
         raise ValueError(
             f"layer {name!r}: merged it has rank {left.shape[1]}, more than its {right.shape[1]} inputs; "

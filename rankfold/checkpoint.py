@@ -28,6 +28,7 @@ from rankfold.hosts import hosts
 from rankfold.layers import replace_, skeleton
 from rankfold.manifest import check_manifest, manifest, rebuild_, recipe_of, stamp_, unstamp_, validate
 from rankfold.report import Report
+from rankfold.token_wavelet import TokenWara
 
 MANIFEST, WEIGHTS = "rankfold.json", "model.safetensors"
 PAGE, CARD = "report.html", "README.md"
@@ -54,6 +55,13 @@ def save(
         raise ValueError(
             f"{type(model).__name__} has adapters on it: fold them in with merge_and_unload() and save the "
             "result, or save the adapters alone with their own save_pretrained"
+        )
+    tokens = next((name for name, module in model.named_modules() if isinstance(module, TokenWara)), None)
+    if tokens is not None:
+        raise ValueError(
+            f"layer {tokens!r} is a TokenWara, which changes activations and is no matrix: a checkpoint does "
+            "not say how to rebuild it, and its layer would come back with random weights. Save what trains, "
+            "safetensors.torch.save_file(trainable(model), file), and load that after the same token_wara_"
         )
     need = sum(t.numel() * t.element_size() for t in _unshared(model.state_dict()).values())
     free = shutil.disk_usage(_existing(folder)).free

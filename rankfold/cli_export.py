@@ -1,9 +1,11 @@
 """`rankfold export`: cut a trained model to a budget without training it again (see `rankfold.cut`), or write
-a classifier or an encoder as an ONNX file (see `rankfold.onnx`)."""
+it for others: an ordinary checkpoint, a LoRA of PEFT (see `rankfold.export_forms`), an ONNX file (see
+`rankfold.onnx`)."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +13,13 @@ from rankfold.cli_options import Data, Device, Dtype, Json, Model, Out, Overwrit
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
+FORMS = ("dense", "peft", "onnx")
+CUT = ("budget", "unit", "order", "calib", "data", "batch_size", "seed")  # options of the cut alone
+
 
 @app.command()
 def export(
+    ctx: typer.Context,
     model: Model,
     out: Out,
     budget: Annotated[
@@ -22,7 +28,24 @@ def export(
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(help="onnx: write the file OUT for other runtimes, uncut; takes no --budget"),
+        typer.Option(
+            help="uncut, for others: dense (an ordinary checkpoint, adapters merged), peft (the adapters "
+            "as a LoRA), onnx (the file OUT); takes no --budget"
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="with --to dense, peft: what the adapters of MODEL belong to; default: what MODEL says"
+        ),
+    ] = None,
+    keep_trainable: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="with --to peft: parameters that trained beside the adapters (a head), repeatable; default: "
+            "what MODEL says, as a folder of rankfold adapt does",
+        ),
     ] = None,
     unit: Unit = "nbytes",
     order: Annotated[
@@ -45,32 +68,41 @@ def export(
     json_: Json = False,
 ) -> None:
     """Cut the low-rank layers of MODEL to a budget and write OUT: train once, deploy at any rank. Or, with
-    --to onnx, write a classifier or an encoder of text as a file for other runtimes."""
+    --to, write MODEL for others: as an ordinary checkpoint, a LoRA, or an ONNX file."""
     with session(json_):
-        if to is not None:
-            given = {"--budget": budget, "--calib": calib, "--data": data}
-            _to_file(model, out, to, given, dtype, device, verify, overwrite, json_)
+        _check_options(ctx, to)
+        place = {"dtype": dtype, "device": device, "overwrite": overwrite}
+        if to == "onnx":
+            _onnx(model, out, place, verify, json_)
             return
-        if budget is None:
-            raise ValueError("give --budget, the fraction that is kept, or --to onnx")
-        from rankfold.export import export as run
+        if to == "peft":
+            _peft(model, out, base, keep_trainable or (), place, json_)
+            return
+        if to == "dense":
+            from rankfold.export_forms import export_dense
 
-        report, folder = run(
-            model,
-            out,
-            budget=budget,
-            unit=unit,
-            order=order,
-            calib=calib,
-            data=data,
-            batch_size=batch_size,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            check=verify,
-            overwrite=overwrite,
-            progress=lambda: bars(console),
-        )
+            report, folder = export_dense(
+                model, out, base=base, check=verify, progress=lambda: bars(console), **place
+            )
+        else:
+            if budget is None:
+                raise ValueError("give --budget, the fraction that is kept, or --to dense, peft or onnx")
+            from rankfold.export import export as run
+
+            report, folder = run(
+                model,
+                out,
+                budget=budget,
+                unit=unit,
+                order=order,
+                calib=calib,
+                data=data,
+                batch_size=batch_size,
+                seed=seed,
+                check=verify,
+                progress=lambda: bars(console),
+                **place,
+            )
         if json_:
             print_json({"out": str(folder), **report.to_json()})
             return
@@ -78,31 +110,54 @@ def export(
         console.print(f"\nWrote [bold]{folder}[/bold]: open {folder}/report.html.")
 
 
-def _to_file(
-    model: str,
-    out: str,
-    to: str,
-    given: dict[str, object],
-    dtype: str | None,
-    device: str | None,
-    verify: bool,
-    overwrite: bool,
-    json_: bool,
-) -> None:
-    if to != "onnx":
-        raise ValueError(f"--to {to!r} is not a format; choose 'onnx'")
-    for name, value in given.items():
-        if value is not None:
+def _check_options(ctx: typer.Context, to: str | None) -> None:
+    """Raise ValueError for an unknown form, and for options that were given and do not apply to it."""
+    if to is not None and to not in FORMS:
+        raise ValueError(f"--to {to!r} is not a format; choose 'dense', 'peft' or 'onnx'")
+    given = [
+        name
+        for name in (*CUT, "base", "keep_trainable", "verify")
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    for name in given:
+        option = f"--{name.replace('_', '-')}"
+        if to is not None and name in CUT:
             raise ValueError(
-                f"--to onnx writes the model as it is: {name} belongs to a cut; export what it wrote"
+                f"--to {to} writes the model as it is: {option} belongs to a cut; export what it wrote"
             )
+        if name == "base" and to not in ("dense", "peft"):
+            raise ValueError("--base says what adapters belong to: it goes with --to dense or --to peft")
+        if name == "keep_trainable" and to != "peft":
+            raise ValueError(
+                "--keep-trainable names what a LoRA holds beside adapters: it goes with --to peft"
+            )
+        if name == "verify" and to == "peft":
+            raise ValueError("--to peft writes tensors and does not reopen them; leave out --no-verify")
+
+
+def _peft(
+    model: str, out: str, base: str | None, keep: Sequence[str], place: dict[str, Any], json_: bool
+) -> None:
+    from rankfold.export_forms import export_lora
+
+    done = export_lora(model, out, base=base, keep=keep, **place)
+    if json_:
+        facts = {key: getattr(done, key) for key in ("layers", "params", "nbytes", "base")}
+        print_json({"out": str(done.folder), **facts})
+        return
+    named = f"for {done.base}" if done.base else "for a base that its config does not name (see --base)"
+    console.print(
+        f"Wrote [bold]{done.folder}[/bold], a LoRA on {done.layers} layers, {done.nbytes:,} bytes, {named}."
+    )
+
+
+def _onnx(model: str, out: str, place: dict[str, Any], verify: bool, json_: bool) -> None:
     from rankfold.loading import open_model
     from rankfold.onnx import check_place, export_onnx
 
+    overwrite = place.pop("overwrite")
     check_place(out, overwrite)
-    done = export_onnx(
-        open_model(model, dtype=dtype, device=device).model, out, check=verify, overwrite=overwrite
-    )
+    done = export_onnx(open_model(model, **place).model, out, check=verify, overwrite=overwrite)
     if json_:
         print_json({"out": str(done.path), "nbytes": done.nbytes, "difference": done.difference})
         return

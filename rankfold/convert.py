@@ -48,7 +48,7 @@ def convert_(
 
     rank     of the low-rank part. None, for "low_rank": exactly what the layer is, of the rank that takes
     density  of "low_rank_sparse": the fraction of entries that the sparse part holds, in (0, 1)
-    targets, skip  which layers (see `select`), ordinary and structured ones
+    targets, skip  which layers (see `select`), ordinary and structured ones; to "dense" those that are not
 
     A row's relative error is ‖new − old‖ / ‖old‖ of the matrix, after the cast; its bytes are those before
     and after. Raises ValueError, before anything changes, for an unknown form, a missing or senseless size,
@@ -56,6 +56,10 @@ def convert_(
     """
     _check(to, rank, density)
     layers = select(model, targets, skip, more=compressed(model))
+    if to == "dense":
+        layers = {name: layer for name, layer in layers.items() if layer.held is not None}
+        if not layers:
+            raise ValueError("to='dense': every selected layer is dense already")
     check_weights(model)
     ties = tied(model, layers)
     made: dict[str, Structure] = {}

@@ -8,17 +8,17 @@ MODEL is a folder of a structured model, or of adapters alone (`save_adapter`), 
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from rankfold.adapted import adapted, is_adapted, parts
 from rankfold.adapter_file import load_adapter_
 from rankfold.adapter_manifest import MANIFEST, read_manifest
+from rankfold.adapters import freeze_
 from rankfold.checkpoint import check_folder
 from rankfold.convert import convert_
 from rankfold.hosts import hosts
@@ -83,6 +83,7 @@ def export_lora(
     out: str,
     *,
     base: str | None = None,
+    keep: Sequence[str] = (),
     dtype: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
@@ -91,6 +92,8 @@ def export_lora(
 
     base  hub id or folder of the base, for the config, and to open it where MODEL holds adapters alone; None:
           what MODEL says it was made from
+    keep  globs of the parameters that trained beside the adapters (a head), which the LoRA is to hold too;
+          none: those that MODEL itself names, as what `rankfold adapt` wrote does
 
     Raises ValueError where there is no adapter, for one that is no LoRA (`save_as_lora`), and as
     `open_with_adapters` does.
@@ -98,8 +101,13 @@ def export_lora(
     folder = check_folder(out, overwrite)
     opened = open_with_adapters(model, base, dtype, device)
     net = opened.model
-    found = adapted(net)
-    name = base or _said(Path(model))
+    found, record = adapted(net), _record(Path(model))
+    alone = (Path(model) / MANIFEST).is_file()
+    if alone and keep:
+        raise ValueError(f"{model} says itself what trained beside its adapters; leave out {list(keep)}")
+    if not alone:  # a whole model loads with everything trainable
+        freeze_(net, keep or _trained(record))
+    name = base or record.get("model")
     save_as_lora(net, folder, base=name, overwrite=overwrite)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     terms = {id(term): term for host in found.values() for term in parts(host)[1]}
@@ -117,7 +125,8 @@ def open_with_adapters(model: str, base: str | None, dtype: str | None, device: 
     named, is another one, or cannot be opened."""
     if not (Path(model) / MANIFEST).is_file():
         return open_model(model, dtype=dtype, device=device)
-    name = base or read_manifest(Path(model))["base"]["name"] or _said(Path(model))
+    named = read_manifest(Path(model))["base"]["name"]
+    name = base or _record(Path(model)).get("model") or named
     if not name:
         raise ValueError(f"{model} holds adapters alone and names no base; give --base, a hub id or a folder")
     opened = open_model(name, dtype=dtype, device=device)
@@ -126,16 +135,22 @@ def open_with_adapters(model: str, base: str | None, dtype: str | None, device: 
     return opened
 
 
-def _said(folder: Path) -> str | None:
-    """What a folder says the model was made from; None where it says nothing, or is no folder."""
-    for record in RECORDS:
-        if (folder / record).is_file():
+def _record(folder: Path) -> Mapping[str, Any]:
+    """What a folder of ours says of where its model is from; empty where it says nothing, or is no folder."""
+    for name in RECORDS:
+        if (folder / name).is_file():
             try:
-                body: Any = json.loads((folder / record).read_text(encoding="utf-8"))
+                body: Any = json.loads((folder / name).read_text(encoding="utf-8"))
             except (ValueError, RecursionError):
                 continue
             if isinstance(body, Mapping) and isinstance(body.get("model"), str) and body["model"]:
-                return body["model"]
-    return None
+                return body
+    return {}
 
 
+def _trained(record: Mapping[str, Any]) -> list[str]:
+    """Globs of what trained beside the adapters: the head of a classifier, and what was asked for."""
+    head, asked = (record.get(key) for key in ("trained", "recipe"))
+    names = head.get("head") if isinstance(head, Mapping) else None
+    globs = asked.get("keep") if isinstance(asked, Mapping) else None
+    return [*(glob.escape(name) for name in names or ()), *(globs or ())]

@@ -9,14 +9,14 @@ all spectra: a layer that hardly moved then gets nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapters import check_unadapted, count_
+from rankfold.adapters import check_unadapted, check_unmixed, count_
 from rankfold.allocate import Allocation, lagrangian
 from rankfold.compressed import compressed, exact
 from rankfold.factorize import check_weights, tied
@@ -61,6 +61,7 @@ def extract_lora_(
     check_weights(tuned)
     ties = tied(base, layers)
     owners = {members[-1]: members for members in ties.values()}
+    _check_ties(base, tuned, theirs, owners.values())
     others = _others(base, tuned, layers, take)
     total = sum(math.prod(layers[name].shape) for name in owners)
     limit = _limit(rank, budget, total)
@@ -99,6 +100,7 @@ def _pair(
     layers = select(base, targets, skip, more=compressed(base))
     theirs = select(tuned, targets, skip, more=compressed(tuned))
     check_unadapted(layers)
+    check_unmixed(base, takes=False)
     for name, layer in layers.items():
         if name not in theirs:
             raise ValueError(f"layer {name!r} of the base is no such layer of the tuned model; skip it")
@@ -108,6 +110,25 @@ def _pair(
                 "model; skip it, or resize the base"
             )
     return layers, theirs
+
+
+def _check_ties(
+    base: nn.Module, tuned: nn.Module, theirs: Mapping[str, Layer], ties: Iterable[Sequence[str]]
+) -> None:
+    """Raise ValueError where weights that are one in the base differ in the tuned model: one adapter, or one
+    copied tensor, cannot be both."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    given = dict(tuned.named_parameters(remove_duplicate=False))
+    loose = [(names, [given[n].detach() for n in names if n in given]) for names in groups.values()]
+    inside = [(list(names), [theirs[n].matrix() for n in names]) for names in ties if len(names) > 1]
+    for names, (first, *rest) in (pair for pair in (*loose, *inside) if len(pair[1]) > 1):
+        if not all(first is t or torch.equal(first, t.to(first)) for t in rest):
+            raise ValueError(
+                f"{' and '.join(names)} are one weight in the base and differ in the tuned model; open the "
+                "base with the weights untied (tie_word_embeddings=False)"
+            )
 
 
 def _limit(rank: int | None, budget: float | None, total: int) -> int:

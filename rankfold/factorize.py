@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rankfold.adapters import check_dense, check_unadapted, count_, freeze_
+from rankfold.adapters import check_dense, check_unadapted, check_unmixed, count_, freeze_
 from rankfold.batches import Batch
 from rankfold.compressed import compressed
 from rankfold.fits import Fits
@@ -70,6 +70,7 @@ def factorize_(
     layers = select(model, targets, skip, conv=conv, more=compressed(model) if adds else None)
     if adds:
         check_unadapted(layers)
+        check_unmixed(model, recipe.method.takes)
     if recipe.method.takes:
         check_dense(layers, recipe.name)
     ties = tied(model, layers)

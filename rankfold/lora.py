@@ -38,7 +38,8 @@ def save_as_lora(
 ) -> Path:
     """Write the adapters of `model` as a LoRA of PEFT and return the folder's path.
 
-    base  hub id or folder of the base model, for the config; None: what the model was loaded from
+    base  hub id or folder of the base model, for the config; None: what the model was loaded from,
+          unless that is a folder of ours, which has adapters or factors in it and is no base
 
     It opens on the base as it was before the adapters: `PeftModel.from_pretrained(base, folder)`. Where that
     is not an ordinary layer but a compressed one, on what `to_dense_` makes of it. Whole modules that train
@@ -70,7 +71,7 @@ def save_as_lora(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_causal(model) else None,
-        "base_model_name_or_path": base or getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": base or _name(model),
         "r": largest,
         "lora_alpha": round(scale * rank) if same else largest,
         "rank_pattern": ranks,
@@ -90,6 +91,11 @@ def save_as_lora(
         )
         (beside / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
+
+
+def _name(model: nn.Module) -> str | None:
+    loaded = getattr(model, "hf_quantizer", None) is not None  # with structures in it
+    return None if loaded else getattr(model, "name_or_path", None) or None
 
 
 def _piece(name: str, host: Host) -> tuple[Tensor, Tensor, int, float]:

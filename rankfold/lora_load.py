@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rankfold.adapter_file import place_of, put_
+from rankfold.adapters import check_unmixed
 from rankfold.layers import Layer
 from rankfold.lora import CONFIG, PREFIX, WEIGHTS
 from rankfold.manifest import stamp_
@@ -52,6 +53,7 @@ def load_lora_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             raise ValueError(f"{folder}: layer {name!r}: {error}") from error
     places = {name: place_of(model, name, made[0].shape) for name, made in terms.items()}
     _check_untied(places)
+    check_unmixed(model, takes=False)
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in others.items():
         if name not in held or held[name].shape != tensor.shape:

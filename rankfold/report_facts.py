@@ -62,7 +62,8 @@ def kept(report: Report) -> str:
 
 def left(report: Report) -> str:
     """The title over what is as it was."""
-    return "What has no adapter, and why" if kind(report) == "adapter" else "What stayed dense, and why"
+    titles = {"adapter": "What has no adapter, and why", "dense": "What was dense already"}
+    return titles.get(kind(report), "What stayed dense, and why")
 
 
 def fraction(after: Any, before: Any) -> float | None:

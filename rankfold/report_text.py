@@ -72,13 +72,14 @@ def _head(report: Report) -> Text:
     )
     if facts.kind(report) == "adapter":
         return Text.assemble(name, f"Whole model: {sizes[1][0]} → {sizes[1][1]}\n{facts.speed(report)[0]}")
+    word = "" if facts.kind(report) == "dense" else " kept"
     return Text.assemble(
         name,
         f"Selected layers: {sizes[0][0]} → {sizes[0][1]}, ",
-        (f"{percent(report.reached)} of their {unit} {facts.kept(report)}", "bold"),
+        (f"{percent(report.reached)} of their {unit}{word}", "bold"),
         f" (asked {percent(report.budget)})\n" if facts.kind(report) == "compressed" else "\n",
         f"Whole model: {sizes[1][0]} → {sizes[1][1]}, ",
-        (f"{percent(kept)} of the bytes {facts.kept(report)}", "bold"),
+        (f"{percent(kept)} of the bytes{word}", "bold"),
         f"\n{facts.speed(report)[0]}",
     )
 

@@ -28,7 +28,7 @@ def test_the_python_blocks_run(
                 p += 0.1
     base.save_pretrained("tuned")
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 12
+    assert len(blocks) == 14
     held: dict[str, Any] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"adapters.md, block {number}", "exec"), held)
@@ -36,5 +36,8 @@ def test_the_python_blocks_run(
     with torch.no_grad():
         served, ours = (m.eval()(ids).logits for m in (held["served"], held["again"]))
     torch.testing.assert_close(served, ours, atol=1e-5, rtol=1e-5)
+    x = torch.randn(2, 17, 16)
+    with torch.no_grad():
+        assert torch.equal(held["plain"](x), held["vision"](x))
     for folder in ("adapter", "lora", "wara", "wara-as-lora", "extracted"):
         assert (tmp_path / folder).is_dir(), folder

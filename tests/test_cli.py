@@ -31,6 +31,7 @@ def home(
 
 
 FRESH = {"low_rank", "sltrain", "lrt"}  # they start from random numbers: for `rankfold pretrain`
+ADDING = ("lora", "pissa", "wara", "wara_adaptive", "wara_feature")  # adapters: they add
 
 
 def run(*arguments: object) -> Result:
@@ -209,7 +210,7 @@ def test_report_prints_diffs_and_writes_the_page(
 
 def test_recipes_lists_every_recipe(home: Path) -> None:
     names = {"svd", "fwsvd", "asvd", "svd_llm", "basis_sharing", "kfac", "weighted", "best"}
-    names |= {"cospadi", "cospadi_grouped", "rocket", "compot", "codes", "dsformer", *FRESH}
+    names |= {"cospadi", "cospadi_grouped", "rocket", "compot", "codes", "dsformer", *FRESH, *ADDING}
     assert names == set(json.loads(run("recipes", "--json").stdout))
     assert all(name in run("recipes").stdout for name in names)
 
@@ -217,8 +218,15 @@ def test_recipes_lists_every_recipe(home: Path) -> None:
 def test_every_recipe_runs_from_the_command_line(home: Path) -> None:
     for recipe in recipes.available():
         result = compress(home, home / f"r-{recipe}", "--recipe", recipe, "--no-evaluate")
-        assert result.exit_code == (2 if recipe in FRESH else 0), (recipe, result.output)
+        assert result.exit_code == (2 if recipe in (*FRESH, *ADDING) else 0), (recipe, result.output)
         assert recipe not in FRESH or "would discard the weights" in result.stderr
+        assert recipe not in ADDING or "so it adds bytes" in result.stderr
+
+
+def test_adapters_are_put_on_at_budget_1_and_reported_as_added(home: Path) -> None:
+    result = compress(home, home / "adapted", "--recipe", "lora", "--budget", 1, "--no-evaluate")
+    assert result.exit_code == 0, result.output
+    assert "Adapters: on 14 layers" in result.stderr and "asked" not in result.stderr
 
 
 def test_codes_are_kept_packed_and_their_product_is_disclosed(home: Path) -> None:

@@ -69,7 +69,7 @@ TIERS = (
     ("hf", "gguf", "models", "peft*"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress", "pretrain", "export", "onnx", "classify", "refine*", "heal*", "adapt"),
+    ("judge", "journey", "progress", "pretrain", "export*", "onnx", "classify", "refine*", "heal*", "adapt"),
     ("cli*",),
 )
 

@@ -148,7 +148,7 @@ def test_the_command_and_factors_stay_factors(tmp_path: Path) -> None:
         ([], "give --budget"),
         (["--to", "onnx", "--budget", 0.5], "--budget belongs to a cut"),
         (["--to", "onnx", "--calib", "wikipedia"], "--calib belongs to a cut"),
-        (["--to", "gguf"], "choose 'onnx'"),
+        (["--to", "gguf"], "choose 'dense', 'peft' or 'onnx'"),
     ):
         said = command(folder, out, *words)
         assert said.exit_code == 2 and message in said.stderr, said.output

@@ -77,11 +77,14 @@ class Choice:
                     f"recipe 'probe' trains the head of a classifier, and {type(model).__name__} has none "
                     "apart from its layers; use an adapter's recipe"
                 )
-            model.requires_grad_(False)
+            parameters = dict(model.named_parameters())
+            for pattern in self.keep:
+                if not any(fnmatchcase(name, pattern) for name in parameters):
+                    close = difflib.get_close_matches(pattern, parameters, n=2, cutoff=0.3)
+                    raise ValueError(f"No parameter matches {pattern!r}. Nearest: {close}")
             wanted = [*map(glob.escape, head), *self.keep]
-            for name, parameter in model.named_parameters():
+            for name, parameter in parameters.items():
                 parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in wanted))
-            self._check_kept(model)
             return None
         modules = dict.fromkeys(name.rpartition(".")[0] for name in head)
         inner = [name for name in modules if name and why_not(model.get_submodule(name)) is None]
@@ -95,19 +98,7 @@ class Choice:
         skip = [*self.skip, *map(glob.escape, inner)]
         report = factorize_(model, self.recipe, targets=self.targets, skip=skip, seed=self.seed)
         freeze_(model, [*map(glob.escape, head), *self.keep])
-        self._check_kept(model)
         return report
-
-    def _check_kept(self, model: nn.Module) -> None:
-        names = list(trainable(model))
-        for pattern in self.keep:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                every = [name for name, _ in model.named_parameters()]
-                close = difflib.get_close_matches(pattern, every, n=2, cutoff=0.3)
-                raise ValueError(
-                    f"--keep-trainable {pattern!r} names no parameter that can train beside the adapters: a "
-                    f"weight under an adapter stays frozen. Nearest: {close}"
-                )
 
 
 def choice(

@@ -66,7 +66,6 @@ def finish(job: Job, run: Run, model: Any, tokenizer: Any, facts: dict[str, Any]
         job.folder,
         job.form,
         tokenizer=tokenizer,
-        name=job.model,
         check=job.check,
         overwrite=job.overwrite,
     )

@@ -59,14 +59,14 @@ def check_form(model: nn.Module, form: str) -> None:
 
 
 def write_form(
-    model: Any, folder: Path, form: str, *, tokenizer: Any, name: str, check: bool, overwrite: bool
+    model: Any, folder: Path, form: str, *, tokenizer: Any, check: bool, overwrite: bool
 ) -> dict[str, Any]:
-    """Write `model` and return facts about it. `name`: what the base was opened by."""
+    """Write `model` in this form and return facts about it."""
     if form == "adapter":
         save_adapter(model, folder, overwrite=overwrite)
         return {"form": form}
     if form == "lora":
-        save_as_lora(model, folder, base=getattr(model, "name_or_path", None) or name, overwrite=overwrite)
+        save_as_lora(model, folder, overwrite=overwrite)
         return {"form": form}
     errors = merge_(model).errors if form == "merged" else {}
     save(model, folder, tokenizer=tokenizer, overwrite=overwrite)

@@ -61,6 +61,8 @@ class Adapter(Method):
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"{name}(seed={self.seed!r}): an integer")
+        if (init := getattr(self, "init", INITS[0])) not in INITS:  # of those that draw
+            raise ValueError(f"{name}(init={init!r}): choose one of {', '.join(INITS)}")
 
     @property
     def scale(self) -> float:
@@ -129,10 +131,6 @@ class LoRA(Adapter, kind="lora"):
 
     init: str = "kaiming"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_init(self)
-
     def start_(self, term: Structure, weight: Tensor) -> Tensor:
         assert isinstance(term, LowRank)
         _draw_(term, self.init, torch.Generator().manual_seed(self.seed))
@@ -167,7 +165,6 @@ class WaRA(Adapter, kind="wara"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_init(self)
         with contextlib.suppress(ImportError):  # reports are read without PyWavelets too; `menu` asks again
             filters(self.wavelet)
         if not isinstance(self.levels, int) or isinstance(self.levels, bool) or self.levels < 1:
@@ -280,11 +277,6 @@ def _draw_(pair: Any, init: str, random: torch.Generator) -> None:
         drawn = torch.randn(rank, inner, generator=random).div_(rank)
     pair.right.weight.copy_(drawn)
     pair.left.weight.zero_()
-
-
-def _check_init(method: LoRA | WaRA) -> None:
-    if method.init not in INITS:
-        raise ValueError(f"{type(method).__name__}(init={method.init!r}): choose one of {', '.join(INITS)}")
 
 
 def _check_rank(rank: Any, shape: tuple[int, int], where: str) -> None:
