@@ -38,9 +38,10 @@ def classify(folder: Path | str, text: str = "a fine film") -> Tensor:
         return model(input_ids=found["input_ids"], attention_mask=found["attention_mask"]).logits
 
 
-@pytest.mark.parametrize(
-    "recipe", ["lora", "wara", "wara_adaptive", "wara_feature", "pissa", "full", "probe"]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("wara_adaptive", "wara_feature", "pissa")]
+
+
+@pytest.mark.parametrize("recipe", ["lora", "wara", "full", "probe", *SLOW])
 def test_every_recipe_trains_and_is_an_ordinary_folder(recipe: str, home: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -80,19 +81,19 @@ def test_merged_adapter_and_lora_say_the_same(home: Path, tmp_path: Path) -> Non
 
     from rankfold.adapter_file import load_adapter_
 
-    _, whole = adapt(home, tmp_path / "whole", "wara")
+    _, whole = adapt(home, tmp_path / "whole", "wara", epochs=1, check=False)
     want = classify(whole)
-    facts, merged = adapt(home, tmp_path / "merged", "wara", merge=True)
+    facts, merged = adapt(home, tmp_path / "merged", "wara", epochs=1, check=False, merge=True)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert facts["written"]["form"] == "merged" and facts["written"]["merge_error"] < 1e-6
     assert torch.allclose(classify(merged), want, atol=1e-5)
 
-    facts, alone = adapt(home, tmp_path / "alone", "wara", adapter_only=True)
+    facts, alone = adapt(home, tmp_path / "alone", "wara", epochs=1, check=False, adapter_only=True)
     assert facts["written"]["bytes"] == 4 * facts["trained"]["parameters"]
     base = AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=2)
     load_adapter_(base, alone)
     assert sum(p.numel() for p in trainable(base).values()) == facts["trained"]["parameters"]
-    _, lora = adapt(home, tmp_path / "lora", "wara", as_lora=True)
+    _, lora = adapt(home, tmp_path / "lora", "wara", epochs=1, check=False, as_lora=True)
     base_ = AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=2)
     ids = torch.arange(4, 10)[None]
     from transformers import AutoModelForSequenceClassification as Auto
@@ -127,6 +128,7 @@ def test_a_kill_changes_nothing(home: Path, tmp_path: Path) -> None:
     assert facts["training"]["sessions"] == [0, 5] and same(whole, folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_while_writing_only_writes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +177,7 @@ def test_what_trains_beside_the_adapters(home: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_bfloat16_is_autocast_over_float32(home: Path, tmp_path: Path) -> None:
     facts, folder = adapt(home, tmp_path / "out", epochs=1, dtype="bfloat16")
     other, _ = adapt(home, tmp_path / "two", epochs=1)

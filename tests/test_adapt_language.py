@@ -43,7 +43,7 @@ def adapt(home: Path, out: Path, recipe: str = "lora", **more: Any) -> tuple[dic
     return run(more.pop("model", str(home / "lm")), out, recipe, **{**LANGUAGE, "data": data, **more})
 
 
-@pytest.mark.parametrize("recipe", ["lora", "wara", "full"])
+@pytest.mark.parametrize("recipe", ["wara", "full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_text(recipe: str, home: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -166,6 +166,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(home: Path, chatty: A
         encode_chat(str(home / "chats.jsonl"), chatty, 32)
 
 
+@pytest.mark.slow
 def test_sixteen_bits(
     home: Path, tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
 ) -> None:

@@ -78,7 +78,8 @@ def _steps(facts: dict[str, Any]) -> str:
     went, data = facts["training"], facts["data"]
     if facts["task"] == "classification":
         early = ", stopped early" if went["stopped_early"] else ""
-        seen = f"{len(went['epochs'])} epochs over {data['train']['n']:,} texts"
+        epochs = len(went["epochs"])
+        seen = f"{epochs} epoch{'' if epochs == 1 else 's'} over {data['train']['n']:,} texts"
         return f"{seen}, {went['steps']:,} steps{early}; epoch {went['best_epoch']} is kept"
     of = f"{count(data['tokens'])} tokens" if "tokens" in data else f"{data['conversations']:,} conversations"
     return f"{went['steps']:,} steps, {of}; the state of step {went['best_step']:,} is kept"
