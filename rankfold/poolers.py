@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.attention import MultiheadAttention
-from rankfold.pooling import LamaPooling, Pooling, masked_mean, masked_softmax, precise, products
+from rankfold.masked import masked_mean, masked_softmax, precise
+from rankfold.pooling import AttentionPooling, LamaPooling, Pooling, products
 from rankfold.structure import is_size
 
 
@@ -34,7 +35,7 @@ class MeanPooling(Pooling):
         return length * self.width
 
 
-class AdditivePooling(Pooling):
+class AdditivePooling(AttentionPooling):
     """One head with additive attention, (B, T, d) to (B, d). `hidden` is the size of W's output (None: d)."""
 
     def __init__(
@@ -54,7 +55,7 @@ class AdditivePooling(Pooling):
         return length * (products(self.inner) + products(self.outer) + self.width)
 
 
-class SelfAttentivePooling(Pooling):
+class SelfAttentivePooling(AttentionPooling):
     """Structured self-attention, (B, T, d) to (B, heads·d), heads-major, without biases. [Lin et al. 2017]"""
 
     def __init__(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankfold.masked import masked_mean, masked_softmax, precise, words
 from rankfold.method import Method
 from rankfold.metric import Metric
 from rankfold.structure import Structure, is_size
@@ -34,7 +35,7 @@ class Pooling(nn.Module, ABC):
     heads         rows of the weights
     out_features  of the pooled vector; heads-major where every head has its own vector
 
-    A subclass gives `scores`, or overrides `pool`.
+    A subclass gives `pool` and `macs`; one that weighs words by a softmax is an `AttentionPooling`.
     """
 
     reads_embeddings = False
@@ -67,14 +68,9 @@ class Pooling(nn.Module, ABC):
             states = states.masked_fill(~real.unsqueeze(-1), 0)
         return self.pool(states, real, embeddings)
 
+    @abstractmethod
     def pool(self, states: Tensor, real: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Tensor]:
         """`forward` with checked input: states that are zero at padding, and a boolean mask or None."""
-        weights = masked_softmax(self.scores(states, real, embeddings), real)
-        return (weights.to(states.dtype) @ states).flatten(1), weights
-
-    def scores(self, states: Tensor, real: Tensor | None, embeddings: Tensor | None) -> Tensor:
-        """(B, heads, T): what the softmax over words takes, padding still in it."""
-        raise NotImplementedError(f"{type(self).__name__} overrides neither scores nor pool")
 
     def attention_params(self) -> int:
         """Parameters that find the weights."""
@@ -90,7 +86,19 @@ class Pooling(nn.Module, ABC):
         of one element and softmax are left out."""
 
 
-class LamaPooling(Pooling):
+class AttentionPooling(Pooling):
+    """Every head is the mean of the states (B, T, d), weighed by a softmax of its scores; heads-major."""
+
+    @abstractmethod
+    def scores(self, states: Tensor, real: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """(B, heads, T): what the softmax over words takes, padding still in it. Arguments: see `pool`."""
+
+    def pool(self, states: Tensor, real: Tensor | None, embeddings: Tensor | None) -> tuple[Tensor, Tensor]:
+        weights = masked_softmax(self.scores(states, real, embeddings), real)
+        return (weights.to(states.dtype) @ states).flatten(1), weights
+
+
+class LamaPooling(AttentionPooling):
     """Low-rank multi-head attention pooling, (B, T, d) to (B, heads·d).
 
     heads            m, at least 2 with `normalise_heads`
@@ -247,44 +255,6 @@ def diversity_penalty(weights: Tensor) -> Tensor:
     words cost. [Lin et al. 2017; nothing that could be read shows it in LAMA]"""
     eye = torch.eye(weights.shape[1], dtype=weights.dtype, device=weights.device)
     return (weights @ weights.mT - eye).square().sum((1, 2)).mean()
-
-
-def words(mask: Tensor, states: Tensor) -> Tensor:
-    """A mask (B, T) of booleans or integers as booleans, True for a word."""
-    if mask.shape != states.shape[:2]:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; for these states it is {tuple(states.shape[:2])}"
-        )
-    if mask.is_floating_point() or mask.is_complex():
-        raise ValueError(
-            f"mask is {mask.dtype}, which may be one that is added to scores; give booleans or integers, "
-            "where True or 1 is a word"
-        )
-    return mask != 0
-
-
-def masked_softmax(scores: Tensor, real: Tensor | None) -> Tensor:
-    """Over words: (B, heads, T) that sum to 1, zero at padding, all zero where there is no word."""
-    scores = precise(scores)
-    if real is None:
-        return scores.softmax(-1)
-    pad = ~real.unsqueeze(1)
-    # Not -inf, of which a row with no word makes NaN on its way; elsewhere the lowest number is as good.
-    low = torch.finfo(scores.dtype).min
-    return scores.masked_fill(pad, low).softmax(-1).masked_fill(pad, 0)
-
-
-def masked_mean(x: Tensor, real: Tensor | None) -> Tensor:
-    """(B, T, d) to (B, d); zero where there is no word."""
-    if real is None:
-        return x.sum(1) / max(x.shape[1], 1)
-    total = x.masked_fill(~real.unsqueeze(-1), 0).sum(1)
-    return total / real.sum(1, keepdim=True).clamp_min(1).to(x.dtype)
-
-
-def precise(x: Tensor) -> Tensor:
-    """Half precision as float32; anything else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def count(module: nn.Module) -> int:

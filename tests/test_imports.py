@@ -43,6 +43,7 @@ TIERS = (
         "groups",
         "attention",
         "linformer",
+        "masked",
         "pooling",
         "poolers",
         "batch_norm",
