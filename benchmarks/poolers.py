@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import setting
 import torch
-from poolers_data import SETS, Example, Split, batches, split
+from poolers_data import SETS, Example, Split, bag_of_words, batches, split
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold.models import ClassifierConfig, PooledForSequenceClassification, RecurrentConfig
@@ -243,8 +243,14 @@ def main() -> None:
         hidden={"type": int, "default": 64, "help": "of the GRU, a direction"},
         dropout={"type": float, "default": 0.3},
         keep={"type": Path, "help": "a file of JSON lines: rows done are read from it, new ones added"},
+        bag={"action": "store_true", "help": "only TF-IDF and logistic regression, on seed 0's split"},
         table={"action": "store_true", "help": "train nothing: print what --keep has"},
     )
+    if chosen.bag:
+        for name, limit in zip(SETS, chosen.train, strict=True):
+            if name in chosen.sets:
+                print(f"{name}: {bag_of_words(split(name, 0, limit)):.1f} %")
+        return
     names = ("epochs", "train", "batch", "embedding", "hidden", "dropout")
     rows = Rows(chosen.keep, {name: getattr(chosen, name) for name in names}, chosen.table)
     text = []

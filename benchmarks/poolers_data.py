@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,6 +63,23 @@ def split(name: str, seed: int, limit: int) -> Split:
         return [Example(found, labels[i]) for found, i in zip(ids, rows, strict=True)]
 
     return Split(read(train), read(parts[1]), read(parts[2]), len(tokenizer), len(by_class))
+
+
+def bag_of_words(parts: Split) -> float:
+    """Test accuracy, in percent, of TF-IDF of word pieces and their pairs with logistic regression (C = 10)
+    on the same tokens."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    words = TfidfVectorizer(analyzer=_pieces_and_pairs, sublinear_tf=True)
+    seen = words.fit_transform([example.ids for example in parts.train])
+    model = LogisticRegression(C=10, max_iter=1000).fit(seen, [example.label for example in parts.train])
+    found = words.transform([example.ids for example in parts.test])
+    return 100 * float(model.score(found, [example.label for example in parts.test]))
+
+
+def _pieces_and_pairs(ids: list[int]) -> list[str]:
+    return [str(i) for i in ids] + [f"{a} {b}" for a, b in pairwise(ids)]
 
 
 def batches(examples: list[Example], size: int, draw: random.Random | None) -> Iterator[dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from rankfold.adapted import is_adapted, parts
 from rankfold.layers import Layer
+from rankfold.manifest import check_version
 from rankfold.provenance import tensors_hash
 from rankfold.structure import Structure
 from rankfold.structures import Dense
@@ -77,14 +78,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe an adapter: its format is not {FORMAT!r}")
-    version = body.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{path}: version={version!r} must be a positive integer")
-    if version > VERSION:
-        raise ValueError(
-            f"{path} was written by a newer rankfold: its format is version {version}, this one reads up to "
-            f"{VERSION}. Upgrade rankfold"
-        )
+    check_version(body.get("version"), path, VERSION)
     base, layers = body.get("base"), body.get("layers")
     if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in ("hash", "dtype", "name")):
         raise ValueError(f"{path}: 'base' must hold 'hash', 'dtype' and 'name', three strings; got {base!r}")

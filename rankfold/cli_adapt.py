@@ -27,7 +27,23 @@ from rankfold.cli_adapt_options import (
     check_alone,
     of_recipe,
 )
-from rankfold.cli_options import Json, Model, Overwrite, Skip, Targets, Verify
+from rankfold.cli_options import (
+    Device,
+    EvalEvery,
+    Json,
+    KeepRun,
+    Model,
+    OutOfRun,
+    Overwrite,
+    Precision,
+    Restart,
+    Resume,
+    SaveEvery,
+    Skip,
+    Targets,
+    Verify,
+    Warmup,
+)
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
@@ -36,7 +52,7 @@ from rankfold.progress import bars
 def adapt(
     ctx: typer.Context,
     model: Model,
-    out: Annotated[str, typer.Argument(help="folder to write; a run in progress is in OUT.run")],
+    out: OutOfRun,
     recipe: Recipe = None,
     heal: Annotated[
         str | None,
@@ -94,7 +110,7 @@ def adapt(
             "--heal 2e-4"
         ),
     ] = None,
-    warmup: Annotated[float, typer.Option(help="share of the steps in which it rises")] = 0.1,
+    warmup: Warmup = 0.1,
     clip: Annotated[float, typer.Option(help="norm that gradients are clipped to, 0: not")] = 1.0,
     lm: Annotated[
         float, typer.Option(help="share of the text itself in the loss, beside what ORIGINAL says of it")
@@ -102,30 +118,20 @@ def adapt(
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="train dense embeddings and the head too")
     ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="float32, or bfloat16: autocast over float32 weights")
-    ] = "float32",
-    eval_every: Annotated[
-        int | None, typer.Option(help="steps between validations; default: a tenth of all")
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="steps between checkpoints; default: a tenth of all")
-    ] = None,
+    dtype: Precision = "float32",
+    eval_every: EvalEvery = None,
+    save_every: SaveEvery = None,
     patience: Patience = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     seed: Annotated[int, typer.Option(help="of the order of the text, and of what is drawn")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    device: Device = None,
     merge: Merge = False,
     adapter_only: AdapterOnly = False,
     as_lora: AsLora = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on, or fail; without it: go on where there is a run")
-    ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="throw away the run in OUT.run")] = False,
-    keep_run: Annotated[
-        bool, typer.Option("--keep-run", help="leave OUT.run, with its checkpoints, when all is done")
-    ] = False,
+    resume: Resume = False,
+    restart: Restart = False,
+    keep_run: KeepRun = False,
     verify: Verify = True,
     overwrite: Overwrite = False,
     json_: Json = False,

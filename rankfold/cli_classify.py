@@ -41,7 +41,7 @@ from rankfold.cli_classify_options import (
     options,
     settings,
 )
-from rankfold.cli_options import Device, Json, Out, Overwrite, Verify
+from rankfold.cli_options import Device, Json, Out, Overwrite, Restart, Resume, Verify
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
@@ -90,10 +90,8 @@ def train(
     dropout: Dropout = None,
     word_dropout: WordDropout = None,
     device: Device = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on, or fail; without it: where there is a run")
-    ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="throw away the run in OUT.run")] = False,
+    resume: Resume = False,
+    restart: Restart = False,
     verify: Verify = True,
     overwrite: Overwrite = False,
     json_: Json = False,

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rankfold.cli_options import rank_of
+
 SPEC = (
     "movie, tweets, spam, sentiment, brown_genres (and :train, :test); a .csv, .tsv or .jsonl; a hub data set"
 )
@@ -70,14 +72,7 @@ def options(params: Mapping[str, Any]) -> dict[str, Any]:
     from rankfold.classify.settings import Choice
 
     found = {field.name: params[field.name] for field in fields(Choice) if field.name != "model"}
-    rank = found["rank"]
-    try:
-        found["rank"] = rank if rank is None else float(rank) if "." in rank else int(rank)
-    except ValueError as error:
-        raise ValueError(
-            f"--rank {rank!r}: an integer such as 16, or a share of break-even such as 0.25"
-        ) from error
-    return found
+    return found | {"rank": rank_of(found["rank"])}
 
 
 def settings(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,3 +29,27 @@ Verify = Annotated[bool, typer.Option(help="reload what was written and compare 
 Overwrite = Annotated[
     bool, typer.Option(help="replace OUT if it is not empty (only when everything has succeeded)")
 ]
+
+# Of commands that train.
+Resume = Annotated[
+    bool, typer.Option("--resume", help="go on, or fail; without it: go on where there is a run")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="throw away the run in OUT.run")]
+KeepRun = Annotated[
+    bool, typer.Option("--keep-run", help="leave OUT.run, with its checkpoints, when all is done")
+]
+Precision = Annotated[str, typer.Option(help="float32, or bfloat16: autocast over float32 weights")]
+EvalEvery = Annotated[int | None, typer.Option(help="steps between validations; default: a tenth of all")]
+SaveEvery = Annotated[int | None, typer.Option(help="steps between checkpoints; default: a tenth of all")]
+OutOfRun = Annotated[str, typer.Argument(help="folder to write; a run in progress is in OUT.run")]
+Warmup = Annotated[float, typer.Option(help="share of the steps in which it rises")]
+
+
+def rank_of(text: str | None) -> int | float | None:
+    """The value of a --rank that may be a share. Raises ValueError for what is no number."""
+    try:
+        return text if text is None else float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--rank {text!r}: an integer such as 128, or a share of break-even such as 0.25"
+        ) from error

@@ -6,7 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
-from rankfold.cli_options import Json, Overwrite, Skip, Targets, Verify
+from rankfold.cli_options import (
+    Device,
+    EvalEvery,
+    Json,
+    KeepRun,
+    OutOfRun,
+    Overwrite,
+    Precision,
+    Restart,
+    Resume,
+    SaveEvery,
+    Skip,
+    Targets,
+    Verify,
+    Warmup,
+    rank_of,
+)
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
 
@@ -19,7 +35,7 @@ def pretrain(
             help="folder, hub id, config.json or packaged 'smollm2', of which only the sizes are taken"
         ),
     ],
-    out: Annotated[str, typer.Argument(help="folder to write; a run in progress is in OUT.run")],
+    out: OutOfRun,
     recipe: Annotated[
         str,
         typer.Option(help="dense, low_rank, sltrain, lrt, maestro or trp; or a recipe's JSON file"),
@@ -81,14 +97,12 @@ def pretrain(
     batch_size: Annotated[int, typer.Option(help="windows in a batch, of each process")] = 16,
     accumulate: Annotated[int, typer.Option(help="batches to a step")] = 1,
     lr: Annotated[float, typer.Option(help="highest learning rate; by a cosine to a tenth of it")] = 1e-3,
-    warmup: Annotated[float, typer.Option(help="share of the steps in which it rises")] = 0.1,
+    warmup: Warmup = 0.1,
     weight_decay: Annotated[float, typer.Option(help="of matrices; of factors it is not that of W")] = 0.0,
     clip: Annotated[
         float | None, typer.Option(help="norm that gradients are clipped to, 0: not; default 1")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, or bfloat16: autocast over float32 weights")
-    ] = "float32",
+    dtype: Precision = "float32",
     optimizer: Annotated[str, typer.Option(help="adamw, or adamw_8bit (torchao)")] = "adamw",
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="step in the backward pass: gradients of one layer at a time")
@@ -97,21 +111,13 @@ def pretrain(
         bool, typer.Option("--gradient-checkpointing", help="recompute activations: memory for time")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the weights, the places, and the order of the text")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    device: Device = None,
     # the run
-    eval_every: Annotated[
-        int | None, typer.Option(help="steps between validations; default: a tenth of all")
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="steps between checkpoints; default: a tenth of all")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on, or fail; without it: go on where there is a run")
-    ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="throw away the run in OUT.run")] = False,
-    keep_run: Annotated[
-        bool, typer.Option("--keep-run", help="leave OUT.run, with its checkpoints, when all is done")
-    ] = False,
+    eval_every: EvalEvery = None,
+    save_every: SaveEvery = None,
+    resume: Resume = False,
+    restart: Restart = False,
+    keep_run: KeepRun = False,
     verify: Verify = True,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -128,7 +134,7 @@ def pretrain(
         first = is_first()
         console.quiet = console.quiet or not first
         options: dict[str, Any] = {
-            "rank": _rank(rank),
+            "rank": rank_of(rank),
             "sparsity": sparsity,
             "alpha": alpha,
             "init": init,
@@ -196,14 +202,3 @@ def is_first() -> bool:
     import os
 
     return os.environ.get("RANK", "0") == "0"
-
-
-def _rank(text: str | None) -> int | float | None:
-    if text is None:
-        return None
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError as error:
-        raise ValueError(
-            f"--rank {text!r}: an integer such as 128, or a share of break-even such as 0.25"
-        ) from error

@@ -23,7 +23,18 @@ from torch import Tensor
 
 from rankfold.data_packaged import SPLITS, TEXTS, fetch, labelled, texts
 
-__all__ = ["SPLITS", "TEXTS", "Spec", "Windows", "documents", "fetch", "labelled", "stream", "token_windows"]
+__all__ = [
+    "SPLITS",
+    "TEXTS",
+    "Spec",
+    "Windows",
+    "documents",
+    "fetch",
+    "first_record",
+    "labelled",
+    "stream",
+    "token_windows",
+]
 
 _SUFFIXES = (".txt", ".jsonl")
 _GRAMMAR = "expected NAME[:split][:NxL], such as wikipedia:test:12x512"
@@ -96,6 +107,20 @@ class Windows:
             "bos": self.bos,
             "documents": self.documents,
         }
+
+
+def first_record(name: str) -> dict[str, Any]:
+    """The object on the first line of a .jsonl file; empty where there is no such file or no object on it."""
+    path = Path(name)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return {}
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def documents(

@@ -15,25 +15,14 @@ from typing import Any
 import torch
 
 from rankfold.batches import Batch
-from rankfold.data import Spec
+from rankfold.data import Spec, first_record
 from rankfold.data_packaged import CLASSES, labelled
 from rankfold.data_packaged import rows as rows_of
 
 
 def is_labelled(spec: Spec) -> bool:
     """Does this text carry class labels?"""
-    if spec.name in CLASSES:
-        return True
-    path = Path(spec.name)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    try:
-        record = json.loads(first)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and "label" in record
+    return spec.name in CLASSES or "label" in first_record(spec.name)
 
 
 def labelled_batches(
@@ -102,7 +91,7 @@ def labelled_batches(
 
 def _file(path: Path) -> tuple[list[str], list[int]]:
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not UTF-8: byte {error.start}") from error
     texts, labels = [], []

@@ -23,7 +23,7 @@ from rankfold.factorize import check_weights, tied
 from rankfold.layers import Layer, replace_, select
 from rankfold.manifest import stamp_
 from rankfold.method import Curve
-from rankfold.outcome import row_as_is, skipped_of, take_, totals_of
+from rankfold.outcome import row_as_is, share_loss_, skipped_of, take_, totals_of
 from rankfold.report import LayerRow, Report
 from rankfold.structures import Dense, LowRank, Sum
 
@@ -253,9 +253,7 @@ def _report(
     budget: float | None,
     allocator: Any,
 ) -> Report:
-    lost = sum(row.error for row in rows)
-    for row in rows:
-        row.loss_share = row.error / lost if lost > 0 else 0.0
+    lost = share_loss_(rows)
     added = sum(term.params for structure in made.values() for term in structure.added)
     parameters = list(base.parameters())
     name = getattr(allocator, "__name__", str(allocator)) if rank is None else "fixed"

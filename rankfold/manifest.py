@@ -64,20 +64,23 @@ def _ties(model: nn.Module) -> Iterator[tuple[str, str, str]]:
                 yield name, key, owner
 
 
+def check_version(version: Any, where: Any, newest: int) -> None:
+    """Raise ValueError for what is no version of a format, and for one above `newest`, which we read."""
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{where}: version={version!r} must be a positive integer")
+    if version > newest:
+        raise ValueError(
+            f"{where} was written by a newer rankfold: its format is version {version}, this one reads up to "
+            f"{newest}. Upgrade rankfold"
+        )
+
+
 def check_manifest(data: Any, where: str = "config.json") -> dict[str, Any]:
     """The `structures` of a manifest. Raises ValueError for another method, a version of the future, or a
     wrong shape."""
     if not isinstance(data, Mapping) or data.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{where} does not describe a rankfold model: quant_method is not {QUANT_METHOD!r}")
-    version = data.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{where}: version={version!r} must be a positive integer")
-    if version > VERSION:
-        raise ValueError(
-            f"{where} was written by a newer rankfold: its format is version {version}, this one reads up "
-            f"to {VERSION}. "
-            "Upgrade rankfold"
-        )
+    check_version(data.get("version"), where, VERSION)
     structures = data.get("structures")
     if not isinstance(structures, Mapping) or not all(
         isinstance(spec, Mapping) for spec in structures.values()

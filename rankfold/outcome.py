@@ -126,6 +126,14 @@ def skipped_of(model: nn.Module, layers: Mapping[str, Layer]) -> list[SkippedRow
     ]
 
 
+def share_loss_(rows: Sequence[LayerRow]) -> float:
+    """Tell each row its share of the summed error, and return the sum."""
+    lost = sum(row.error for row in rows)
+    for row in rows:
+        row.loss_share = row.error / lost if lost > 0 else 0.0
+    return lost
+
+
 def totals_of(rows: Sequence[LayerRow], nbytes: int, params: int) -> dict[str, int]:
     """Sums over the rows, and the whole model, which had `nbytes` and `params` before."""
     sums = {
@@ -179,9 +187,7 @@ def report_of(
     chosen: allocate.Allocation,
     seconds: dict[str, float],
 ) -> Report:
-    lost = sum(row.error for row in rows)
-    for row in rows:
-        row.loss_share = row.error / lost if lost > 0 else 0.0
+    lost = share_loss_(rows)
     parameters = list(model.parameters())
     key = {"nbytes": "bytes", "params": "params", "macs": "macs"}[unit]
     spent = sum(getattr(r, f"{key}_after") for r in rows) / max(

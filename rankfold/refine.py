@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from rankfold.evaluate import kl_to
 from rankfold.metrics import Progress
 from rankfold.pretrain.settings import Settings
-from rankfold.pretrain.trainer import Stopped, arguments, collate, curves, stopping
+from rankfold.pretrain.trainer import arguments, collate, curves, train_to_the_end
 from rankfold.refine_state import Trainable, nbytes
 from rankfold.refine_trainer import BEST, HealTrainer, HealWatch, check_pair
 
@@ -195,18 +195,9 @@ def run_(
             before=before,
             best=folder / BEST,
         )
-        if checkpoint is not None:
-            watch.last_good = str(checkpoint)
-        with stopping(watch):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        reached = trainer.state.global_step
-        if reached < settings.steps:
-            raise Stopped(
-                f"stopped after step {reached} of {settings.steps}, with a checkpoint in {folder}; the same "
-                "command goes on"
-            )
+        train_to_the_end(watch, checkpoint, folder)
         train, held = curves(trainer.state.log_history)
-        if not held or held[-1][0] < reached:
+        if not held or held[-1][0] < settings.steps:
             trainer.evaluate()
             train, held = curves(trainer.state.log_history)
         step, attempt = trainer.take_best_(), float("nan")

@@ -204,27 +204,11 @@ def check_data(task: str, model: str, data: Sequence[str], others: Sequence[str]
         if task == "classification" or is_chat(spec):
             continue
         labelled = name in CLASSES or (Path(name).suffix in SUFFIXES and Path(name).suffix != ".jsonl")
-        if labelled or _has_label(name, label_column):
+        if labelled or label_column in texts.first_record(name):
             raise ValueError(
                 f"{spec!r} has labels, and {model} writes text: to classify, adapt a model that reads, such "
                 "as minilm; to learn the texts alone, put them without labels into a .jsonl file"
             )
-
-
-def _has_label(name: str, column: str) -> bool:
-    """Whether the first line of a .jsonl file has that field."""
-    import json
-
-    path = Path(name)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        first = next((line for line in file if line.strip()), "")
-    try:
-        record = json.loads(first)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and column in record
 
 
 __all__ = ["adapt", "check_data", "task_of"]

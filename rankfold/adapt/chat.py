@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from rankfold.data import first_record
+
 IGNORED = -100
 
 
@@ -34,17 +36,8 @@ class Row:
 
 def is_chat(spec: str) -> bool:
     """Whether SPEC is a .jsonl file whose first line has "messages", and no text."""
-    path = Path(spec)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        first = next((line for line in file if line.strip()), "")
-    try:
-        record = json.loads(first)
-    except ValueError:
-        return False
-    texts = isinstance(record, dict) and any(isinstance(record.get(key), str) for key in ("text", "content"))
-    return isinstance(record, dict) and "messages" in record and not texts
+    record = first_record(spec)
+    return "messages" in record and not any(isinstance(record.get(key), str) for key in ("text", "content"))
 
 
 def conversations(spec: str) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -17,18 +17,17 @@ from rankfold.adapt.output import check_form
 from rankfold.adapt.trainer import ClassifierTrainer, ClassifierWatch
 from rankfold.classify.build import build, words
 from rankfold.classify.encode import Batches, Encoded, encode, logits_of
-from rankfold.classify.examples import Examples, check_spec, classes_of, held_out, numbers, read, warnings_of
+from rankfold.classify.examples import check_spec, numbers, warnings_of
 from rankfold.classify.scores import confusion, scores
 from rankfold.classify.settings import Choice as Classifier
 from rankfold.classify.settings import Training
 from rankfold.classify.trainer import best, epochs_of, evaluations, exhausted, history_of, restore_
-from rankfold.classify.training import check_pretrained
+from rankfold.classify.training import check_pretrained, check_tokens, sets_of
 from rankfold.footprint import params
 from rankfold.pretrain.report import thinned
 from rankfold.pretrain.run import Run, step_of
 from rankfold.pretrain.trainer import Stopped, curves, stopping
 from rankfold.provenance import weights_hash
-from rankfold.report_format import percent
 
 
 def adapt_classifier(
@@ -57,20 +56,12 @@ def adapt_classifier(
         )
     check_pretrained(job.model, training.length)
     columns = {"text_column": text_column, "label_column": label_column}
-    whole = read(data, **columns)  # type: ignore[arg-type]
-    names = classes_of(whole)
-    sets = {"train": whole}
-    if validation is not None:
-        sets["validation"] = read(validation, **columns)  # type: ignore[arg-type]
-    elif held:
-        sets["train"], sets["validation"] = held_out(whole, held)
-    if test is not None:
-        sets["test"] = read(test, **columns)  # type: ignore[arg-type]
+    sets, names = sets_of(data, validation, test, held, columns)
     labels = {part: numbers(item, names) for part, item in sets.items()}
     known = words(kind, sets["train"].texts, training.length)
     encoded = {part: encode(known.tokenizer, item.texts, training.length) for part, item in sets.items()}
     said = warnings_of(sets["train"], {part: item for part, item in sets.items() if part != "train"})
-    said += _cut(sets, encoded)
+    said += check_tokens(sets, encoded)
     model: Any = build(kind, known, names, seed=training.seed, length=training.length)
     model.to(job.device)
     head = head_of(model)
@@ -170,21 +161,3 @@ def _fit(
         "seconds": time.perf_counter() - began,
         "sessions": run.sessions,
     }
-
-
-def _cut(sets: dict[str, Examples], encoded: dict[str, Encoded]) -> list[str]:
-    """Refuse texts in which the tokenizer finds nothing; say how many are cut."""
-    found = []
-    for part, data in sets.items():
-        empty = next((row for row, ids in enumerate(encoded[part].ids) if not ids), None)
-        if empty is not None:
-            raise ValueError(
-                f"{data.at(empty)}: the tokenizer finds no word in {data.texts[empty][:40]!r}; take "
-                "the row out"
-            )
-        if cut := encoded[part].cut:
-            found.append(
-                f"{cut} of the {len(data)} {part} texts ({percent(cut / len(data))}) are longer than "
-                f"{encoded[part].length} tokens and were cut there (--length)"
-            )
-    return found

@@ -21,7 +21,7 @@ from rankfold.loading import Opened, open_model
 from rankfold.pretrain.model import check_causal
 from rankfold.pretrain.report import thinned
 from rankfold.pretrain.run import Run, step_of
-from rankfold.pretrain.trainer import Stopped, Watch, arguments, curves, stopping
+from rankfold.pretrain.trainer import Watch, arguments, curves, train_to_the_end
 from rankfold.provenance import weights_hash
 from rankfold.refine import settings_for
 
@@ -109,20 +109,12 @@ def adapt_language(
         done = step_of(found) if found else 0
         if found:
             job.say(f"going on from {found}")
-            watch.last_good = str(found)
         run.note(done)
         began = time.perf_counter()
-        with stopping(watch):
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
+        train_to_the_end(watch, found, run.folder)
         seconds = time.perf_counter() - began
-        reached = trainer.state.global_step
-        if reached < settings.steps:
-            raise Stopped(
-                f"stopped after step {reached} of {settings.steps}, with a checkpoint in {run.folder}; the "
-                "same command goes on"
-            )
         train, held = curves(trainer.state.log_history)
-        if not held or held[-1][0] < reached:
+        if not held or held[-1][0] < settings.steps:
             trainer.evaluate()
             train, held = curves(trainer.state.log_history)
         best = trainer.take_best_()

@@ -99,7 +99,7 @@ def train(
             check_spec(spec)
     folder = check_folder(out, overwrite)
     columns = {"text_column": text_column, "label_column": label_column}
-    sets, names = _sets(data, validation, test, share, columns)
+    sets, names = sets_of(data, validation, test, share, columns)
     labels = {part: numbers(examples, names) for part, examples in sets.items()}
     if not choice.scratch:
         check_pretrained(choice.model, chosen.length)
@@ -121,7 +121,10 @@ def train(
         known = words(choice, sets["train"].texts, chosen.length)
         known.tokenizer = _kept_tokenizer(run, known)
         encoded = {part: encode(known.tokenizer, item.texts, chosen.length) for part, item in sets.items()}
-        warned += _check_tokens(sets, encoded, say)
+        cut = check_tokens(sets, encoded)
+        for words_ in cut:
+            say(f"warning: {words_}")
+        warned += cut
         model = build(choice, known, names, seed=chosen.seed, length=chosen.length)
         tell("prepare", 1, 1)
         trained = _fit(run, model, chosen, encoded, labels, tell, say)
@@ -174,7 +177,7 @@ def device_of(device: str | None) -> str:
     return place
 
 
-def _sets(
+def sets_of(
     data: str, validation: str | None, test: str | None, share: float, columns: dict[str, str]
 ) -> tuple[dict[str, Examples], list[str]]:
     """{"train", "validation", "test": examples}, those that there are, and the classes."""
@@ -216,9 +219,7 @@ def _kept_tokenizer(run: Run, known: Words) -> Any:
     return AutoTokenizer.from_pretrained(str(run.tokenizer))
 
 
-def _check_tokens(
-    sets: dict[str, Examples], encoded: dict[str, Encoded], say: Callable[[str], None]
-) -> list[str]:
+def check_tokens(sets: dict[str, Examples], encoded: dict[str, Encoded]) -> list[str]:
     """Refuse texts in which the tokenizer finds nothing; say how many are cut."""
     found = []
     for part, data in sets.items():
@@ -233,7 +234,6 @@ def _check_tokens(
                 f"{cut} of the {len(data)} {part} texts ({percent(cut / len(data))}) are longer than "
                 f"{encoded[part].length} tokens and were cut there (--length)"
             )
-            say(f"warning: {found[-1]}")
     return found
 
 

@@ -35,7 +35,7 @@ from rankfold.pretrain.run import Run, step_of
 from rankfold.pretrain.settings import Settings
 from rankfold.pretrain.stages import check_layers, processes, start, tokenize
 from rankfold.pretrain.tokens import validation_windows
-from rankfold.pretrain.trainer import Stopped, curves, stopping
+from rankfold.pretrain.trainer import curves, train_to_the_end
 from rankfold.report import Report
 
 
@@ -161,19 +161,11 @@ def pretrain(
         done = step_of(found) if found else 0
         if found:
             say(f"going on from {found}")
-            started.watch.last_good = str(found)
         if first:
             run.note(done)
         began = time.perf_counter()
-        with stopping(started.watch):
-            started.trainer.train(resume_from_checkpoint=str(found) if found else None)
+        train_to_the_end(started.watch, found, run.folder)
         seconds = time.perf_counter() - began
-        reached = started.trainer.state.global_step
-        if reached < settings.steps:
-            raise Stopped(
-                f"stopped after step {reached} of {settings.steps}, with a checkpoint in {run.folder}; the "
-                "same command goes on"
-            )
         net = started.finish_()
         train, held_losses = curves(started.trainer.state.log_history)
         facts = facts | {"tokenizer": len(made), "trained_tokenizer": train_bpe is not None}
@@ -188,7 +180,7 @@ def pretrain(
             held=held_losses,
             memory=started.watch.memory,
             sessions=run.sessions,
-            session_steps=reached - done,
+            session_steps=settings.steps - done,
             seconds=seconds,
             name=model,
             warnings=started.warnings,

@@ -219,3 +219,19 @@ def curves(history: list[dict[str, Any]]) -> tuple[list[list[float]], list[list[
     train = [[item["step"], item[LOSS]] for item in history if LOSS in item]
     held = [[item["step"], item["eval_loss"]] for item in history if "eval_loss" in item]
     return train, held
+
+
+def train_to_the_end(watch: Watch, found: Path | None, folder: Path) -> None:
+    """Let the trainer of `watch` train, from checkpoint `found` on if there is one. Raises `Stopped` where a
+    signal ended it before its last step, with a checkpoint in `folder`."""
+    trainer = watch.trainer
+    if found is not None:
+        watch.last_good = str(found)
+    with stopping(watch):
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
+    reached, steps = trainer.state.global_step, trainer.args.max_steps
+    if reached < steps:
+        raise Stopped(
+            f"stopped after step {reached} of {steps}, with a checkpoint in {folder}; the same command goes "
+            "on"
+        )
