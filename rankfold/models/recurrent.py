@@ -3,8 +3,8 @@
     H[t] = [ GRU→(x₁ … x_t) ; GRU←(x_n … x_t) ]        H (B, T, 2h), zeros at padding
 
 The backward direction starts at the last word of its own row, so padding on either side changes nothing. One
-layer has 2(3he + 3h² + 6h) parameters. On a GPU the rows are packed. On a CPU, where that took 2.7 times as
-long for rows of 256 words, and for export, which knows no packing, the backward direction reads each row's
+layer has 2(3he + 3h² + 6h) parameters. On a GPU the rows are packed. On a CPU, where that takes longer
+(benchmarks/recurrent.py), and for export, which knows no packing, the backward direction reads each row's
 words in reverse order: the same weights, the same result.
 """
 
