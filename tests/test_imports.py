@@ -70,7 +70,7 @@ TIERS = (
     ("hf", "gguf", "models", "peft*"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress", "pretrain", "export*", "onnx", "classify", "refine*", "heal*", "adapt"),
+    ("judge", "journey", "progress", "pretrain", "export*", "onnx", "classify", "refine*", "heal*", "adapt", "hoi"),
     ("cli*",),
 )
 
