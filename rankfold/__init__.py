@@ -60,6 +60,9 @@ _HOME = {
     "Wavelet": "wavelet",
     "LoRA": "methods",
     "WaRA": "methods",
+    "TinyWaRA": "methods",
+    "WaveFT": "methods",
+    "ClassPCA": "methods",
     "PiSSA": "methods",
     "freeze_": "adapters",
     "trainable": "adapters",
@@ -97,7 +100,7 @@ if TYPE_CHECKING:
     from rankfold.lora import save_as_lora
     from rankfold.lora_load import load_lora_
     from rankfold.method import Curve, DecompositionError, Method
-    from rankfold.methods import SVD, Dictionary, LoRA, PiSSA, Scratch, WaRA
+    from rankfold.methods import SVD, ClassPCA, Dictionary, LoRA, PiSSA, Scratch, TinyWaRA, WaRA, WaveFT
     from rankfold.metric import Metric
     from rankfold.metrics import KFAC, AbsMean, Activation, Calibration, Fisher, Frobenius
     from rankfold.onnx import export_onnx
@@ -124,6 +127,7 @@ __all__ = [
     "AbsMean",
     "Activation",
     "Calibration",
+    "ClassPCA",
     "Curve",
     "DecompositionError",
     "Dense",
@@ -151,9 +155,11 @@ __all__ = [
     "StraightThrough",
     "Structure",
     "Sum",
+    "TinyWaRA",
     "TokenWara",
     "Truncate",
     "WaRA",
+    "WaveFT",
     "Wavelet",
     "allocate",
     "auto_",

@@ -2,9 +2,11 @@
 
     rankfold_adapter.json    {"format": "rankfold_adapter", "version": 1, "base": {"hash", "dtype", "name"},
                               "layers": {layer: {"terms": [spec, …]} | {"same_as": layer}},
+                              "tokens": {layer: spec of its TokenWara} (version 2),
                               "taken": true for PiSSA, "kept": [parameter, …],
                               "statistics": [buffer, …], "recipe": {…}}
-    adapter.safetensors      "<layer>.<term>.<key>", "kept.<name>", "statistics.<name>"
+    adapter.safetensors      "<layer>.<term>.<key>", "tokens.<layer>.<key>", "kept.<name>",
+                             "statistics.<name>"
 
 Written beside its place and renamed. An adapter opens on the base it was trained on, and on no other
 (`rankfold.adapter_manifest`).
@@ -24,17 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rankfold.adapted import adapted, is_adapted, kept, parts, taken
+from rankfold.adapted import bases, is_adapted, kept, matrices, parts, taken
 from rankfold.adapter_manifest import (
     FORMAT,
     MANIFEST,
-    VERSION,
     WEIGHTS,
     base_hash,
     read_manifest,
     statistics,
     view,
 )
+from rankfold.adapter_tokens import around_, own_tensors
 from rankfold.atomic import check_folder, writing
 from rankfold.factorize import tied
 from rankfold.hosts import Conv2d, Embedding, Host, Linear
@@ -42,6 +44,7 @@ from rankfold.layers import Layer, replace_, why_not
 from rankfold.manifest import recipe_of, stamp_
 from rankfold.structure import Structure, build
 from rankfold.structures import Dense, Sum
+from rankfold.token_layer import own_parameters, token_layers
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -56,7 +59,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
     layers: dict[str, Any] = {}
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
-    for name, host in adapted(model).items():
+    for name, host in matrices(model).items():
         owner = first.setdefault(id(host.weight), name)
         if owner != name:
             layers[name] = {"same_as": owner}
@@ -65,16 +68,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
         layers[name] = {"terms": [term.spec() for term in terms]}
         for place, term in enumerate(terms):
             tensors |= {f"{name}.{place}.{key}": tensor for key, tensor in term.state_dict().items()}
+    tokens = {name: layer.spec() for name, layer in token_layers(model).items()}
+    tensors |= own_tensors(model)
     trained, moving = kept(model), statistics(model)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors |= {f"kept.{name}": state[name] for name in trained}
     tensors |= {f"statistics.{name}": state[name] for name in moving}
+    under = [p for base in bases(model).values() for p in base.values()]
+    width = next(p.dtype for p in under if p.is_floating_point())
     body = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 2 if tokens else 1,
         "base": {
-            "hash": base_hash(model, layers, {*trained, *moving}),
-            "dtype": str(parts(next(iter(adapted(model).values())))[0].dtype).removeprefix("torch."),
+            "hash": base_hash(model, layers, {*trained, *moving}, tokens),
+            "dtype": str(width).removeprefix("torch."),
             "name": getattr(model, "name_or_path", "") or "",
         },
         "layers": layers,
@@ -82,7 +89,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite:
         "kept": trained,
         "statistics": moving,
         "recipe": recipe_of(model),
-    }
+    } | ({"tokens": tokens} if tokens else {})
     with writing(folder) as beside:
         stored = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         save_file(stored, beside / WEIGHTS, metadata={"format": "pt"})
@@ -100,6 +107,14 @@ def load_adapter_(model: nn.Module, folder: str | os.PathLike[str], *, other_bas
     folder = Path(folder)
     body = read_manifest(folder)
     state = _read_tensors(folder)
+    with around_(model, body["tokens"], state, folder):
+        return _load_(model, folder, body, state, other_base)
+
+
+def _load_(
+    model: nn.Module, folder: Path, body: dict[str, Any], state: dict[str, Tensor], other_base: bool
+) -> nn.Module:
+    """The same on a model whose TokenWaras are in place."""
     for name in body["layers"]:
         _module(model, name)
     terms = _terms(body["layers"], state, folder)
@@ -120,10 +135,11 @@ def load_adapter_(model: nn.Module, folder: str | os.PathLike[str], *, other_bas
         for place, term in enumerate(made)
         for key in term.state_dict()
     }
+    expected |= {key for key in own_tensors(model) if key in state}
     expected |= {f"{kind}.{name}" for kind in ("kept", "statistics") for name in body[kind]}
     if extra := sorted(set(state) - expected):
         raise ValueError(f"{folder / WEIGHTS}: left-over tensors {extra[:4]}")
-    found = base_hash(model, body["layers"], {*body["kept"], *body["statistics"]})
+    found = base_hash(model, body["layers"], {*body["kept"], *body["statistics"]}, body["tokens"])
     if found != body["base"]["hash"] and body["taken"]:
         raise ValueError(
             f"{folder} is an adapter that was taken out of its base (PiSSA), and fits what is left of that, "
@@ -148,6 +164,9 @@ def load_adapter_(model: nn.Module, folder: str | os.PathLike[str], *, other_bas
             term.requires_grad_(True)
             if body["taken"]:
                 vars(term)["taken"] = True
+    for name in body["tokens"]:
+        for parameter in own_parameters(token_layers(model)[name]):
+            parameter.requires_grad_(True)
     for name in body["kept"]:
         held[name].requires_grad_(True)
     stamp_(model, body.get("recipe") or recipe_of(model))
@@ -173,7 +192,9 @@ def _terms(
                 empty = term.state_dict()
                 given = {key: _get(state, f"{name}.{place}.{key}", tensor) for key, tensor in empty.items()}
                 term.load_state_dict(given, assign=True)
-                term.validate()
+                for part in term.modules():
+                    if isinstance(part, Structure):
+                        part.validate()
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"{folder}: layer {name!r}: {error}") from error
             held = made.setdefault(name, [])

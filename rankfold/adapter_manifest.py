@@ -20,13 +20,15 @@ from rankfold.provenance import tensors_hash
 from rankfold.structure import Structure
 from rankfold.structures import Dense
 
-FORMAT, VERSION = "rankfold_adapter", 1
+FORMAT, VERSION = "rankfold_adapter", 2  # 1 had no "tokens", and is what is written where there are none
 MANIFEST, WEIGHTS = "rankfold_adapter.json", "adapter.safetensors"
 
 
-def base_hash(model: nn.Module, layers: Mapping[str, Any], without: Collection[str] = ()) -> str:
-    """The hash of everything in `model` but the adapters of `layers` (as in the manifest) and the tensors
-    named in `without`. Raises ValueError for weights on meta."""
+def base_hash(
+    model: nn.Module, layers: Mapping[str, Any], without: Collection[str] = (), tokens: Collection[str] = ()
+) -> str:
+    """The hash of everything in `model` but the adapters of `layers` (as in the manifest), the TokenWaras
+    around the layers `tokens`, and the tensors named in `without`. Raises ValueError for weights on meta."""
     state = {key: t for key, t in model.state_dict().items() if key not in without}
     absent = next((key for key, tensor in state.items() if tensor.is_meta), None)
     if absent is not None:
@@ -44,6 +46,10 @@ def base_hash(model: nn.Module, layers: Mapping[str, Any], without: Collection[s
             state |= structure.state_dict(prefix=f"{name}.weight.")
         else:
             state[f"{name}.weight"] = view(module, shape_of(name, layers)).matrix()
+    for name in tokens:  # "fc.host.weight" is "fc.weight" of the base
+        inside = {key: state.pop(key) for key in [*state] if key.startswith(f"{name}.")}
+        kept = {key: t for key, t in inside.items() if key.startswith(f"{name}.host.")}
+        state |= {f"{name}.{key.removeprefix(f'{name}.host.')}": t for key, t in kept.items()}
     return tensors_hash(state)
 
 
@@ -79,11 +85,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe an adapter: its format is not {FORMAT!r}")
     check_version(body.get("version"), path, VERSION)
-    base, layers = body.get("base"), body.get("layers")
+    base, layers, tokens = body.get("base"), body.get("layers", {}), body.setdefault("tokens", {})
     if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in ("hash", "dtype", "name")):
         raise ValueError(f"{path}: 'base' must hold 'hash', 'dtype' and 'name', three strings; got {base!r}")
-    if not isinstance(layers, dict) or not layers or not all(isinstance(v, dict) for v in layers.values()):
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
         raise ValueError(f"{path}: 'layers' must map layer names to their adapters")
+    if not isinstance(tokens, dict) or not all(isinstance(v, dict) for v in tokens.values()):
+        raise ValueError(f"{path}: 'tokens' must map layer names to the specs of their TokenWaras")
+    if not layers and not tokens:
+        raise ValueError(f"{path}: 'layers' must map layer names to their adapters; it names none")
     for name, entry in layers.items():
         other, terms = entry.get("same_as", name), entry.get("terms")
         own = isinstance(terms, list) and bool(terms) and other == name

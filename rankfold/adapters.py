@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.adapted import adapted, is_adapted, parts, taken
+from rankfold.adapted import adapted, added, bases, is_adapted, parts, taken
 from rankfold.hosts import Host, hosts
 from rankfold.layers import Layer, replace_
 from rankfold.low_rank_form import factors_of, truncated
-from rankfold.manifest import recipe_of, stamp_, unstamp_
+from rankfold.manifest import described, recipe_of, stamp_, unstamp_
 from rankfold.report import Report
 from rankfold.structure import Structure
 from rankfold.structures import Dense, LowRank, Sum
+from rankfold.token_layer import token_layers
 
 SIZES = ("exact", "same", "dense")
 
@@ -46,17 +47,17 @@ def freeze_(model: nn.Module, keep: Sequence[str] = ()) -> nn.Module:
         if not any(fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3)
             raise ValueError(f"No parameter matches {pattern!r}. Nearest: {close}")
-    terms = [term for host in adapted(model).values() for term in parts(host)[1]]
-    bases = {id(p) for host in adapted(model).values() for p in parts(host)[0].parameters()}
-    free = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in bases]
+    trains = added(model)
+    under = {id(p) for base in bases(model).values() for p in base.values()}
+    free = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in under]
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in free):
             raise ValueError(f"{pattern!r} matches only weights under adapters, which stay frozen")
     model.requires_grad_(False)
-    for term in terms:
-        term.requires_grad_(True)
+    for parameter in trains:
+        parameter.requires_grad_(True)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in bases and any(fnmatchcase(name, pattern) for pattern in keep):
+        if id(parameter) not in under and any(fnmatchcase(name, pattern) for pattern in keep):
             parameter.requires_grad_(True)
     return model
 
@@ -143,12 +144,12 @@ def merge_(model: nn.Module, *, size: str = "exact") -> Merged:
     """
     if size not in SIZES:
         raise ValueError(f"merge_(size={size!r}): choose one of {', '.join(SIZES)}")
-    if not any(is_adapted(host.weight) for host in hosts(model).values()):
+    if not any(is_adapted(host.weight) for host in hosts(model).values()) and not token_layers(model):
         raise ValueError(
             f"{type(model).__name__} has no adapter to merge; one that was merged before is part of the "
             "weights"
         )
-    held = adapted(model)
+    held = adapted(model)  # a TokenWara is none of them, and stays
     made: dict[int, tuple[Structure, float]] = {}
     with torch.no_grad(), torch.autocast(_kind(model), enabled=False):
         for name, host in held.items():
@@ -160,7 +161,7 @@ def merge_(model: nn.Module, *, size: str = "exact") -> Merged:
     for name, host in held.items():
         merged, done.errors[name] = made[id(host.weight)]
         _replace_(model, name, host, merged, tables)
-    if hosts(model):
+    if described(model):
         stamp_(model, recipe)
     else:
         unstamp_(model)
@@ -169,8 +170,8 @@ def merge_(model: nn.Module, *, size: str = "exact") -> Merged:
 
 def _merged(name: str, host: Host, size: str) -> tuple[Structure, float]:
     """The structure that an adapted one becomes, and its relative error."""
-    base, added = parts(host)
-    true = _wide(base) + sum(_wide(term) for term in added)
+    base, terms = parts(host)
+    true = _wide(base) + sum(_wide(term) for term in terms)
     if not torch.isfinite(true).all():
         bad = int((~torch.isfinite(true)).sum())
         raise ValueError(
@@ -180,18 +181,19 @@ def _merged(name: str, host: Host, size: str) -> tuple[Structure, float]:
     if size == "dense" or isinstance(base, Dense):
         merged: Structure = Dense.of(true.to(base.dtype))
     else:
-        merged = _thin(name, base, added, size)
+        merged = _thin(name, base, terms, size)
     merged.requires_grad_(trains)
     error, norm = float((_wide(merged) - true).norm()), float(true.norm())
     return merged, error / norm if norm else 0.0
 
 
-def _thin(name: str, base: Structure, added: list[Structure], size: str) -> LowRank:
-    pair = factors_of(Sum.of(base, *added)) if type(base) is LowRank else None
+def _thin(name: str, base: Structure, terms: list[Structure], size: str) -> LowRank:
+    pair = factors_of(Sum.of(base, *terms)) if type(base) is LowRank else None
     if pair is None or type(base) is not LowRank:
+        kinds = ", ".join(term.kind for term in terms)
         raise ValueError(
-            f"layer {name!r}: an adapter beside a structure of kind {base.kind!r} has no exact merged form; "
-            "merge_(size='dense') makes the layer dense"
+            f"layer {name!r}: an adapter ({kinds}) beside a structure of kind {base.kind!r} has no exact "
+            "merged form; merge_(size='dense') makes the layer dense"
         )
     left, right = pair
     if size == "same":

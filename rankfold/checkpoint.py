@@ -21,17 +21,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rankfold.atomic import check_folder, writing, writing_file
+from rankfold.atomic import check_folder, writing
 from rankfold.attention import packed_attention, unpack_attention_
-from rankfold.card import card
+from rankfold.checkpoint_report import PAGE as PAGE
+from rankfold.checkpoint_report import write_report as write_report
 from rankfold.hosts import hosts
 from rankfold.layers import replace_, skeleton
-from rankfold.manifest import check_manifest, manifest, rebuild_, recipe_of, stamp_, unstamp_, validate
+from rankfold.manifest import (
+    check_manifest,
+    described,
+    manifest,
+    rebuild_,
+    recipe_of,
+    stamp_,
+    tokens_of,
+    unstamp_,
+    validate,
+)
 from rankfold.report import Report
-from rankfold.token_wavelet import TokenWara
+from rankfold.token_layer import token_layers
 
 MANIFEST, WEIGHTS = "rankfold.json", "model.safetensors"
-PAGE, CARD = "report.html", "README.md"
 
 
 def save(
@@ -56,13 +66,6 @@ def save(
             f"{type(model).__name__} has adapters on it: fold them in with merge_and_unload() and save the "
             "result, or save the adapters alone with their own save_pretrained"
         )
-    tokens = next((name for name, module in model.named_modules() if isinstance(module, TokenWara)), None)
-    if tokens is not None:
-        raise ValueError(
-            f"layer {tokens!r} is a TokenWara, which changes activations and is no matrix: a checkpoint does "
-            "not say how to rebuild it, and its layer would come back with random weights. Save what trains, "
-            "safetensors.torch.save_file(trainable(model), file), and load that after the same token_wara_"
-        )
     need = sum(t.numel() * t.element_size() for t in _unshared(model.state_dict()).values())
     free = shutil.disk_usage(_existing(folder)).free
     if free < need:
@@ -73,7 +76,7 @@ def save(
     with writing(folder) as beside:
         if hasattr(model, "save_pretrained"):
             recipe = report.recipe if report else recipe_of(model)
-            if hosts(model):
+            if described(model):
                 stamp_(model, recipe)
             model.save_pretrained(beside, max_shard_size=max_shard_size)  # type: ignore[operator]
         else:
@@ -87,35 +90,6 @@ def save(
         if report is not None:
             write_report(report, beside)
     return folder
-
-
-def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
-    """Write a report in its three forms: rankfold_report.json, report.html, and README.md, the model card."""
-    folder = Path(folder)
-    report.save(folder)
-    for name, text in ((PAGE, report.to_html()), (CARD, card(report, loader=_loader(folder)))):
-        with writing_file(folder / name) as beside:
-            beside.write_text(text, encoding="utf-8")
-
-
-def _loader(folder: Path) -> str:
-    """The Auto class that opens a folder; "" for a module that is not transformers'."""
-    if not (folder / "config.json").is_file():
-        return ""
-    architecture = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    )[0]
-    kinds = (
-        "SequenceClassification",
-        "TokenClassification",
-        "QuestionAnswering",
-        "ImageClassification",
-        "MaskedLM",
-    )
-    kind = next((kind for kind in kinds if architecture.endswith(f"For{kind}")), None)
-    if kind is None and ("CausalLM" in architecture or architecture.endswith("LMHeadModel")):
-        kind = "CausalLM"
-    return f"AutoModelFor{kind}" if kind else "AutoModel"
 
 
 def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -138,7 +112,7 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} is not JSON: {error}") from error
-    structures = check_manifest(data, MANIFEST)
+    structures, tokens = check_manifest(data, MANIFEST), tokens_of(data, MANIFEST)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError("the model is on the meta device: build it on a real one, and load into that")
     try:
@@ -150,7 +124,7 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     packed = [name for name in packed_attention(model) if name not in unpacked]
     meta = skeleton(model)
     unpack_attention_(meta, skip=packed)
-    rebuild_(meta, structures)
+    rebuild_(meta, structures, tokens)
     expected = meta.state_dict(keep_vars=True)
     # A shared tensor is stored under one of its names.
     stored = {id(expected[key]): key for key in state if key in expected}
@@ -174,8 +148,10 @@ def load_(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     unpack_attention_(model, skip=packed)
-    places = {name: model.get_submodule(name).weight.device for name in structures}
-    rebuild_(model, structures)
+    names = dict(model.named_modules())  # a layer inside a TokenWara, "fc.host", is "fc" before that is there
+    held: Any = {name: names.get(name) or names[name.removesuffix(".host")] for name in structures}
+    places = {name: module.weight.device for name, module in held.items()}
+    rebuild_(model, structures, tokens)
     _allocate_(model, places)
     model.load_state_dict(state)
     return model
@@ -196,7 +172,11 @@ def _allocate_(model: nn.Module, places: Mapping[str, Any]) -> None:
 
 def to_dense_(model: nn.Module) -> nn.Module:
     """Replace every structure by the ordinary dense layer of the same function: a checkpoint that needs no
-    rankfold."""
+    rankfold. Raises ValueError for a model with a TokenWara, which is no layer of anything else."""
+    if tokens := next(iter(token_layers(model)), None):
+        raise ValueError(
+            f"layer {tokens!r} is a TokenWara, which changes activations: no dense layer computes the same"
+        )
     done: dict[int, nn.Parameter] = {}
     for name, host in hosts(model).items():
         dense = host.to_dense()

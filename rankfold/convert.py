@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from rankfold.compressed import compressed, exact
 from rankfold.factorize import check_weights, tied
-from rankfold.hosts import hosts
 from rankfold.layers import Layer, replace_, select
 from rankfold.low_rank_form import factors_of, truncated
-from rankfold.manifest import stamp_, unstamp_
+from rankfold.manifest import described, stamp_, unstamp_
 from rankfold.outcome import row_as_is, skipped_of, take_, totals_of
 from rankfold.report import LayerRow, Report
 from rankfold.sparse import Sparse
@@ -72,7 +71,7 @@ def convert_(
     report = _report(model, rows, layers, to, rank, density)
     for members in ties.values():
         _replace_(model, members, layers, made[members[-1]])
-    if hosts(model):
+    if described(model):
         stamp_(model, report.recipe)
     else:
         unstamp_(model)

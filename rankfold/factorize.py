@@ -144,14 +144,19 @@ def check_budget(recipe: Recipe, items: Mapping[str, Stack], budget: float, unit
     possible size."""
     if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget <= 1:
         raise ValueError(f"budget={budget!r} is the fraction of {unit} kept, a number above 0 and at most 1")
-    costs = {name: item.costs(recipe.method, unit) for name, item in items.items()}
+    if recipe.method.adds and budget != 1:
+        raise ValueError(
+            f"budget={budget}: recipe {recipe.name!r} puts adapters beside the weights, which stay, so "
+            "it adds bytes; how many is said by its options. Leave budget at 1"
+        )
+    costs = {}
+    for name, item in items.items():
+        try:
+            costs[name] = item.costs(recipe.method, unit)
+        except ValueError as error:  # an adapter's one size, which a small layer cannot have
+            raise ValueError(f"{item}: {error}") from error
     dense = {name: cost[-1] for name, cost in costs.items()}
     if recipe.method.adds:
-        if budget != 1:
-            raise ValueError(
-                f"budget={budget}: recipe {recipe.name!r} puts adapters beside the weights, which stay, so "
-                "it adds bytes; how many is said by its rank. Leave budget at 1"
-            )
         return sum(cost[0] for cost in costs.values())
     total, smallest = sum(dense.values()), sum(min(cost) for cost in costs.values())
     if smallest > budget * total:

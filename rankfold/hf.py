@@ -25,14 +25,14 @@ import rankfold.models  # noqa: F401  our own architectures, for where autoload 
 from rankfold.checkpoint import to_dense_
 from rankfold.manifest import (
     QUANT_METHOD,
-    VERSION,
     check_manifest,
     is_own,
     manifest,
     rebuild_,
-    shared_keys,
+    tokens_of,
     validate,
 )
+from rankfold.ties import shared_keys
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
 INTEGERS = {
@@ -51,19 +51,16 @@ class RankfoldConfig(QuantizationConfigMixin):
     def __init__(
         self,
         structures: Mapping[str, Any] | None = None,
-        version: Any = VERSION,
+        version: Any = 1,
         recipe: Any = None,
+        tokens: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.version = version
-        self.structures = check_manifest(
-            {
-                "quant_method": QUANT_METHOD,
-                "version": version,
-                "structures": {} if structures is None else structures,
-            }
-        )
+        said = {"structures": {} if structures is None else structures, "tokens": tokens or {}}
+        said |= {"quant_method": QUANT_METHOD, "version": version}
+        self.structures, self.tokens = check_manifest(said), tokens_of(said)
         self.recipe = recipe
         unknown = set(extra) - {"quant_method"}
         if unknown:
@@ -77,6 +74,7 @@ class RankfoldConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         body = {"quant_method": QUANT_METHOD, "version": self.version, "structures": self.structures}
+        body |= {"tokens": self.tokens} if self.tokens else {}
         return body | ({"recipe": self.recipe} if self.recipe else {})
 
     to_diff_dict = to_dict
@@ -98,11 +96,11 @@ class RankfoldQuantizer(HfQuantizer):
                 "load it and call "
                 "rankfold.factorize_(model, recipe, budget=…)"
             )
-        structures = self.quantization_config.structures
-        rebuild_(model, structures)
+        structures, tokens = self.quantization_config.structures, self.quantization_config.tokens
+        rebuild_(model, structures, tokens)
         check_places(model, device_map)
         check_files(model, checkpoint_files or [])
-        _make_strict(model, structures)
+        _make_strict(model, structures, tokens)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         validate(model)
@@ -115,7 +113,9 @@ class RankfoldQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
-        self.quantization_config.structures = manifest(model)["structures"]
+        said, written = manifest(model), self.quantization_config
+        written.version, written.structures = said["version"], said["structures"]
+        written.tokens = said.get("tokens", {})
         model.config.quantization_config = self.quantization_config
         return None, {}
 
@@ -189,7 +189,7 @@ def check_files(model: Any, files: Iterable[str]) -> None:
                     raise ValueError(f"tensor {key!r} is stored as {dtype}; the model has {integers} there")
 
 
-def _make_strict(model: Any, structures: Mapping[str, Any]) -> None:
+def _make_strict(model: Any, structures: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
     """Turn what transformers would log about keys into an error. A checkpoint of another class may lack the
     head of this one, and have one of its own; but it must hold all that its own class has."""
     adjust = model._adjust_missing_and_unexpected_keys
@@ -203,7 +203,7 @@ def _make_strict(model: Any, structures: Mapping[str, Any]) -> None:
         wrong = sorted(loading_info.mismatched_keys)
         if not is_own(model) and (missing or unexpected):
             bare = f"{model.base_model_prefix}."
-            written = _written_keys(model, structures)
+            written = _written_keys(model, structures, tokens)
             missing = {key for key in missing if key.removeprefix(bare) in written}
             unexpected = {key for key in unexpected if key.removeprefix(bare) not in written}
         apart = sorted(shared.keys() - model.all_tied_weights_keys.keys())
@@ -249,7 +249,7 @@ def _mark_buffers_too(model: Any) -> None:
     model.mark_tied_weights_as_initialized = both
 
 
-def _written_keys(model: Any, structures: Mapping[str, Any]) -> set[str]:
+def _written_keys(model: Any, structures: Mapping[str, Any], tokens: Mapping[str, Any]) -> set[str]:
     """Every key of the class that the checkpoint was saved from, without the prefix of its base model."""
     name = model.config.architectures[0]
     cls = getattr(transformers, name, None)
@@ -261,7 +261,7 @@ def _written_keys(model: Any, structures: Mapping[str, Any]) -> set[str]:
         )
     with torch.device("meta"):
         original = cls(copy.deepcopy(model.config))
-    rebuild_(original, structures)
+    rebuild_(original, structures, tokens)
     return {key.removeprefix(f"{cls.base_model_prefix}.") for key in original.state_dict()}
 
 

@@ -24,6 +24,7 @@ from rankfold.batches import is_causal
 from rankfold.hosts import Conv2d, Embedding, Host, Linear
 from rankfold.low_rank_form import factors_of, thin
 from rankfold.structures import LowRank
+from rankfold.token_layer import token_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -49,6 +50,11 @@ def save_as_lora(
     """
     folder = check_folder(folder, overwrite)
     found = adapted(model)
+    if (tokens := next(iter(token_layers(model)), None)) is not None:
+        raise ValueError(
+            f"layer {tokens!r} is a TokenWara, which changes activations: no LoRA does the same; use "
+            "save_adapter"
+        )
     if (name := taken(model)) is not None:
         raise ValueError(
             f"layer {name!r}: its adapter was taken out of the weight (PiSSA), so it is no LoRA for the base "

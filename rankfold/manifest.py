@@ -1,6 +1,7 @@
 """The manifest: what config.json says of a factorized model, and the skeleton rebuilt from it.
 
     {"quant_method": "rankfold", "version": 1, "structures": {layer: spec, …}, "recipe": {…}}
+    {…, "version": 2, "tokens": {layer: spec of its TokenWara, …}}         where there is one
 
 A spec is that of `Structure.spec()`; a layer that shares another's matrix says {"same_as": other}, and one
 that shares a parameter with another's structure adds {"tied": {key: other}} to its spec. In a transformers
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import rankfold.cored
 import rankfold.masters
 import rankfold.ordered
 import rankfold.sparse_code
@@ -26,9 +28,11 @@ import rankfold.wavelet  # noqa: F401  the kinds that a manifest may name
 from rankfold.hosts import hosts
 from rankfold.layers import Layer, replace_, why_not
 from rankfold.structure import Structure, build
+from rankfold.ties import refresh_, retie_
+from rankfold.token_layer import TokenWara, token_layers
 
 QUANT_METHOD = "rankfold"
-VERSION = 1
+VERSION = 2  # 1 had no "tokens", and is still what is written where there are none
 
 
 def manifest(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -40,8 +44,15 @@ def manifest(model: nn.Module, recipe: Mapping[str, Any] | None = None) -> dict[
         structures[name] = host.weight.spec() if owner == name else {"same_as": owner}
     for name, key, owner in _ties(model):
         structures[name].setdefault("tied", {})[key] = owner
-    body: dict[str, Any] = {"quant_method": QUANT_METHOD, "version": VERSION, "structures": structures}
+    tokens = {name: layer.spec() for name, layer in token_layers(model).items()}
+    body: dict[str, Any] = {"quant_method": QUANT_METHOD, "version": 1, "structures": structures}
+    body |= {"version": 2, "tokens": tokens} if tokens else {}
     return body | ({"recipe": dict(recipe)} if recipe else {})
+
+
+def described(model: nn.Module) -> bool:
+    """Whether a checkpoint of the model needs its manifest to be opened."""
+    return bool(hosts(model) or token_layers(model))
 
 
 def _ties(model: nn.Module) -> Iterator[tuple[str, str, str]]:
@@ -95,7 +106,16 @@ def check_manifest(data: Any, where: str = "config.json") -> dict[str, Any]:
                 raise ValueError(f"{where}: layer {name!r} is the same as {other!r}, which has no structure")
         if "tied" in spec:
             _check_tied(name, spec, structures, where)
+    tokens_of(data, where)
     return dict(structures)
+
+
+def tokens_of(data: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """The `tokens` of a manifest. Raises ValueError for a wrong shape."""
+    tokens = data.get("tokens", {})
+    if not isinstance(tokens, Mapping) or not all(isinstance(spec, Mapping) for spec in tokens.values()):
+        raise ValueError(f"{where}: 'tokens' must map layer names to specs; got {tokens!r}")
+    return dict(tokens)
 
 
 def _check_tied(name: str, spec: Mapping[str, Any], structures: Mapping[str, Any], where: str) -> None:
@@ -118,15 +138,24 @@ def _check_tied(name: str, spec: Mapping[str, Any], structures: Mapping[str, Any
             )
 
 
-def rebuild_(model: nn.Module, structures: Mapping[str, Any]) -> None:
+def rebuild_(
+    model: nn.Module, structures: Mapping[str, Any], tokens: Mapping[str, Any] | None = None
+) -> None:
     """Replace the layers that `structures` names by hosts of empty structures on meta, of the layers' own
-    dtype.
+    dtype, and put an unfilled TokenWara around those that `tokens` names (around "fc", whose structure is
+    then that of "fc.host").
 
     Names may carry, or lack, a transformers model's base prefix: a checkpoint of a model with a head loads
     into the bare model and back. Raises ValueError naming the layer where the name or the shape does not fit,
     before anything is replaced.
     """
     names, held = dict(model.named_modules()), hosts(model)
+    around: dict[str, TokenWara] = {}
+    for name, spec in (tokens or {}).items():
+        target = _find(model, name, names)
+        if target is not None:
+            around[target] = _around(name, names[target], spec)
+            names[f"{target}.host"] = names[target]
     shared: dict[str, Structure] = {}  # by the name that has the spec: JSON does not keep the order of layers
     placed: list[tuple[str, Layer, Structure]] = []
     for name, spec in structures.items():
@@ -154,6 +183,8 @@ def rebuild_(model: nn.Module, structures: Mapping[str, Any]) -> None:
         for key, owner in structures[name].get("tied", {}).items():
             if owner in shared:  # not so where it belongs to a part that only the checkpoint's class has
                 _tie_(name, structure, key, owner, shared[owner])
+    for target, module in around.items():
+        replace_(model, target, module)
     for target, layer, structure in placed:
         replace_(model, target, layer.wrap(structure))
     retie_(model)
@@ -174,6 +205,13 @@ def _tie_(name: str, structure: Structure, key: str, owner: str, other: Structur
         )
     path, _, leaf = key.rpartition(".")
     setattr(structure.get_submodule(path), leaf, theirs)
+
+
+def _around(name: str, host: nn.Module, spec: Mapping[str, Any]) -> TokenWara:
+    try:
+        return TokenWara.rebuilt(host, spec)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def _build(name: str, spec: Mapping[str, Any], dtype: torch.dtype | None) -> Structure:
@@ -253,47 +291,4 @@ def unstamp_(model: nn.Module) -> None:
     for module in model.modules():
         if "_tied_weights_keys" in vars(module):
             delattr(module, "_tied_weights_keys")
-            _refresh_ties(module)
-
-
-def retie_(model: nn.Module) -> None:
-    """Tell transformers which factors are one tensor under two names, in place of the dense weights it
-    knew; its models inside the model too, each of which can be saved alone."""
-    for module in model.modules():
-        if hasattr(module, "all_tied_weights_keys"):
-            _retie_(module)
-
-
-def _retie_(model: nn.Module) -> None:
-    keys = getattr(model, "_tied_weights_keys", None) or {}
-    if not isinstance(keys, Mapping):
-        return
-    held = hosts(model)
-    gone = {f"{name}.weight" for name in held}
-    kept = {to: source for to, source in keys.items() if to not in gone and source not in gone}
-    ours = shared_keys(model)
-    # What an earlier call wrote is no longer so where a layer has become dense, or its tensors its own.
-    inside = tuple(f"{name}.weight." for name in held)
-    kept = {to: source for to, source in kept.items() if not to.startswith(inside)}
-    if ours or len(kept) != len(keys):
-        model._tied_weights_keys = {**kept, **ours}  # type: ignore[assignment]
-        _refresh_ties(model, ours)
-
-
-def shared_keys(model: nn.Module) -> dict[str, str]:
-    """{key: the first key of that tensor} for the tensors that structures hold under several keys."""
-    first: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for name, host in hosts(model).items():
-        for key, tensor in host.weight.state_dict(prefix=f"{name}.weight.", keep_vars=True).items():
-            source = first.setdefault(id(tensor), key)
-            if source != key:
-                found[key] = source
-    return found
-
-
-def _refresh_ties(model: nn.Module, ours: Mapping[str, str] | None = None) -> None:
-    """transformers' own ties, which depend on its config, and ours, which do not."""
-    expand = getattr(model, "get_expanded_tied_weights_keys", None)
-    if expand is not None:
-        model.all_tied_weights_keys = {**expand(all_submodels=False), **(ours or {})}  # type: ignore[assignment]
+            refresh_(module)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rankfold.hosts import Host, is_conv1d
 from rankfold.layers import Layer, why_not
-from rankfold.methods.adapter import WaRA
+from rankfold.methods.wavelets import WaRA
 from rankfold.metric import Metric
 from rankfold.structure import Structure
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankfold.layers import Layer, replace_
 from rankfold.manifest import stamp_
-from rankfold.methods.adapter import WaRA
+from rankfold.methods.wavelets import WaRA
 from rankfold.peft_layer import WaraLayer, size_of
 from rankfold.structure import Structure
 from rankfold.structures import Dense, Sum
@@ -26,7 +26,7 @@ class WaraConfig(PeftConfig):
     """What `WaRA` takes, and PEFT's usual choice of layers. Checked when it is made: ValueError.
 
     r            nominal rank of a band; `wara_alpha` / r scales ΔW, None: 1
-    wavelet, levels, domain, bands, init  see `rankfold.methods.adapter.WaRA`. With bands="energy" the ranks
+    wavelet, levels, domain, bands, init  see `rankfold.methods.WaRA`. With bands="energy" the ranks
                  that the base's weights gave are kept in `band_ranks`, by layer
     seed         with a layer's name, of what is drawn
     target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save  as in LoRA. Linear,

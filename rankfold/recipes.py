@@ -21,7 +21,10 @@
     wara       none                         fixed        arXiv 2506.24092, low rank in each wavelet band
     wara_adaptive   none                    fixed        the same, ranks to the bands where W has its energy
     wara_feature    none                    fixed        the reading of the paper's first figure
+    wara_tiny  none                         fixed        the same paper's smallest, as we read it
+    waveft     none                         fixed        arXiv 2505.12532, sparse in the wavelet domain
     pissa      none                         fixed        arXiv 2404.02948
+    hola       none                         fixed        arXiv 2507.15542, class weights times a basis
     best       what we recommend            -            today codes: the best of these in docs/benchmarks.md
 
 A one-sided metric goes with uniform sizes: its errors are not in the unit of the loss (docs/architecture.md).
@@ -36,7 +39,7 @@ from dataclasses import replace
 
 from rankfold.allocate import fixed, lagrangian, uniform
 from rankfold.groups import Groups
-from rankfold.methods import SVD, Dictionary, LoRA, PiSSA, Scratch, WaRA
+from rankfold.methods import SVD, ClassPCA, Dictionary, LoRA, PiSSA, Scratch, TinyWaRA, WaRA, WaveFT
 from rankfold.metrics import KFAC, AbsMean, Activation, Fisher, Frobenius
 from rankfold.recipe import Recipe
 
@@ -193,8 +196,32 @@ wara_feature = replace(
     method=WaRA(domain="feature"),
     summary="wara with one pair of factors for all bands of the features: half of lora's parameters",
 )
+wara_tiny = Recipe(
+    "wara_tiny",
+    TinyWaRA(),
+    Frobenius(),
+    fixed,
+    "arXiv 2506.24092",
+    "experimental: a few coefficients in the singular vectors of each sub-band of the weight; our reading",
+)
+waveft = Recipe(
+    "waveft",
+    WaveFT(),
+    Frobenius(),
+    fixed,
+    "arXiv 2505.12532",
+    "adapter: sparse coefficients at random places of a wavelet transform",
+)
 pissa = Recipe(
     "pissa", PiSSA(), Frobenius(), fixed, "arXiv 2404.02948", "adapter: trains the weight's principal part"
+)
+hola = Recipe(
+    "hola",
+    ClassPCA(),
+    Frobenius(),
+    fixed,
+    "arXiv 2507.15542",
+    "PCA over the classes of a classifier's matrix: the rank that keeps 95 % of the variance, or rank=71",
 )
 best = replace(codes, name="best", summary="what we recommend today: codes (docs/benchmarks.md)")
 

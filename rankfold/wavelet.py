@@ -176,9 +176,42 @@ class Wavelet(Structure, kind="wavelet"):
 
     def rows(self, index: Tensor) -> Tensor:
         factors = self.factors()
-        if factors is None:
+        if factors is not None:
+            return F.embedding(index, factors[0]) @ factors[1]
+        if index.numel() * (len(self.taps.low) // 2) ** self.levels >= self.shape[0]:
             return F.embedding(index, self.to_dense())
-        return F.embedding(index, factors[0]) @ factors[1]
+        rows = self._low_rows(index, 0)
+        assert rows is not None, "a matrix has at least one band"
+        return rows if self.scale == 1 else rows * self.scale
+
+    def _low_rows(self, index: Tensor, level: int) -> Tensor | None:
+        """Rows of the low-low part after `level` levels, W itself at 0: each from those few rows of the bands
+        that `synthesize` makes it of. None where those bands are zero."""
+        if level == self.levels:
+            return self._band_rows(f"LL{level}", index)
+        half, count = sides(self.shape[0], level + 1)[-1], len(self.taps.low)
+        parity, middle = index % 2, index // 2
+        left = right = None  # low and high over the input side
+        for step in range(0, count, 2):
+            # Row 2m takes the one of two taps, row 2m + 1 the other.
+            pair = [step + (side + 1 + count // 2) % 2 for side in (0, 1)]
+            shift = index.new_tensor([(place + 1 - count // 2) // 2 for place in pair])[parity]
+            here = (middle - shift) % half
+            for letter, taps in (("L", self.taps.low), ("H", self.taps.high)):
+                weight = torch.tensor([taps[place] for place in pair], dtype=self.dtype, device=index.device)
+                weight = weight[parity][..., None]
+                deeper = letter == "L"
+                low = self._low_rows(here, level + 1) if deeper else self._band_rows(f"HL{level + 1}", here)
+                high = self._band_rows(f"{letter}H{level + 1}", here)
+                left = _plus(left, None if low is None else low * weight)
+                right = _plus(right, None if high is None else high * weight)
+        if left is None and right is None:
+            return None
+        return synthesize(left, right, self.taps, sides(self.shape[1], level + 1)[level])
+
+    def _band_rows(self, name: str, index: Tensor) -> Tensor | None:
+        band = self.band(name)
+        return None if band is None else band.rows(index)
 
     def factors(self) -> tuple[Tensor, ...] | None:
         """left (out, R) and right (R, in) with W = left right, R the ranks of all bands together: each band's

@@ -103,7 +103,7 @@ def step(model: nn.Module, loss: Callable[[], Tensor], steps: int = 3) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "wara_tiny"])
 def test_only_adapters_learn(name: str, tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
     factorize_(model, recipes.get(name)(rank=2), targets=["*.q_proj", "*.down_proj"])

@@ -208,8 +208,8 @@ def damaged(folder: Path, out: Path, change: Callable[[dict[str, Any]], Any]) ->
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "newer": (
-        lambda b: b.update(version=2),
-        "written by a newer rankfold: its format is version 2, this one reads",
+        lambda b: b.update(version=3),
+        "written by a newer rankfold: its format is version 3, this one reads",
     ),
     "no version": (lambda b: b.pop("version"), "version=None"),
     "another format": (lambda b: b.update(format="zip"), "its format is not 'rankfold_adapter'"),

@@ -40,7 +40,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", ["lora", "wara", "wara_adaptive", "wara_feature", "pissa"])
+@pytest.mark.parametrize("name", ["lora", "wara", "wara_adaptive", "wara_feature", "wara_tiny", "pissa"])
 def test_merged_is_dense_and_undone_bit_for_bit(name: str, tiny_llama: Callable[..., Any]) -> None:
     model = trained(tiny_llama(), recipes.get(name)(rank=4, alpha=8))
     before, outputs = state_of(model), model(IDS).logits
@@ -255,8 +255,9 @@ def test_options_that_make_no_sense(make: Callable[[], Any], says: str) -> None:
 
 
 def test_recipes_are_json() -> None:
-    for name in ("lora", "wara", "wara_adaptive", "wara_feature", "pissa"):
-        recipe = recipes.get(name)(rank=3, alpha=6.0)
+    for name in ("lora", "wara", "wara_adaptive", "wara_feature", "wara_tiny", "waveft", "pissa"):
+        sizes = {"coefficients": 3, "scale": 2.0} if name == "waveft" else {"rank": 3, "alpha": 6.0}
+        recipe = recipes.get(name)(**sizes)
         again = Recipe.from_json(recipe.to_json())
         assert again.method == recipe.method and again.to_json() == recipe.to_json()
     ranks = recipes.wara(bands={"LL1": 3})

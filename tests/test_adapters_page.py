@@ -39,5 +39,8 @@ def test_the_python_blocks_run(
     x = torch.randn(2, 17, 16)
     with torch.no_grad():
         assert torch.equal(held["plain"](x), held["vision"](x))
+    assert all(
+        torch.equal(one.right, two.right) for one, two in zip(held["plain"], held["vision"], strict=True)
+    )
     for folder in ("adapter", "lora", "wara", "wara-as-lora", "extracted"):
         assert (tmp_path / folder).is_dir(), folder

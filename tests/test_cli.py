@@ -31,7 +31,7 @@ def home(
 
 
 FRESH = {"low_rank", "sltrain", "lrt"}  # they start from random numbers: for `rankfold pretrain`
-ADDING = ("lora", "pissa", "wara", "wara_adaptive", "wara_feature")  # adapters: they add
+ADDING = ("lora", "pissa", "wara", "wara_adaptive", "wara_feature", "wara_tiny", "waveft")
 
 
 def run(*arguments: object) -> Result:

@@ -119,7 +119,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: d["structures"].update({UP: {"same_as": "model.layers.1.mlp.down_proj"}}),
         rf"{UP}.*\(128, 64\)",
     ),
-    "version of the future": (lambda d: d.update(version=2), "newer rankfold.*version 2.*up to 1"),
+    "version of the future": (lambda d: d.update(version=3), "newer rankfold.*version 3.*up to 2"),
     "version in words": (lambda d: d.update(version="1"), "version='1' must be a positive integer"),
     "version true": (lambda d: d.update(version=True), "version=True"),
     "version zero": (lambda d: d.update(version=0), "version=0"),

@@ -26,12 +26,14 @@ MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 TIERS = (
     ("atomic", "optimizers", "step_in_backward", "packing", "kernels", "codes"),
     ("structure", "autoload"),  # autoload stands outside: it imports nothing of ours, anyone may import it
-    ("structures", "sparse", "sparse_code", "masters", "ordered", "wavelet*", "low_rank_form"),
+    ("structures", "sparse", "sparse_code", "masters", "ordered", "wavelet*", "low_rank_form", "cored"),
     (
         "hosts",
         "layers",
         "compressed",
         "token_wavelet",
+        "token_layer",
+        "ties",
         "adapted",
         "manifest",
         "batches",
@@ -70,7 +72,19 @@ TIERS = (
     ("hf", "gguf", "models", "peft*"),
     ("loading",),
     ("inputs",),
-    ("judge", "journey", "progress", "pretrain", "export*", "onnx", "classify", "refine*", "heal*", "adapt", "hoi"),
+    (
+        "judge",
+        "journey",
+        "progress",
+        "pretrain",
+        "export*",
+        "onnx",
+        "classify",
+        "refine*",
+        "heal*",
+        "adapt",
+        "hoi",
+    ),
     ("cli*",),
 )
 
