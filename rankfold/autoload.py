@@ -3,8 +3,8 @@
 torch loads the entry points of group `torch.backends` at the end of `import torch`; ours calls `install`,
 which costs microseconds and imports nothing. When they later ask a registry for one of our names, the module
 that owns the name is imported and registers itself: `rankfold.hf` for factorized weights, without which
-transformers only warns about an unknown quantizer and returns random weights, `rankfold.models`, and
-`rankfold.peft`.
+transformers only warns about an unknown quantizer and returns random weights, `rankfold.models`,
+`rankfold.hoi.model`, and `rankfold.peft`.
 
 Never raises: an error here would break `import torch`. Off with RANKFOLD_AUTOLOAD=0 (or
 TORCH_DEVICE_BACKEND_AUTOLOAD=0): then import `rankfold.hf`, `rankfold.models` or `rankfold.peft` before
@@ -18,13 +18,19 @@ import importlib.abc
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 REGISTRY = "transformers.quantizers.auto"
 TABLES = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
 CONFIGS = "transformers.models.auto.configuration_auto"
-MODEL_TYPES = ("rankfold_gru", "rankfold_transformer", "rankfold_classifier")
+OWNERS = {
+    "rankfold_gru": "rankfold.models",
+    "rankfold_transformer": "rankfold.models",
+    "rankfold_classifier": "rankfold.models",
+    "rankfold_hola": "rankfold.hoi.model",
+}
+MODEL_TYPES = tuple(OWNERS)
 ADAPTERS = "peft.mapping"
 ADAPTER_TABLE = "PEFT_TYPE_TO_CONFIG_MAPPING"
 
@@ -47,16 +53,16 @@ def install() -> None:
 
 
 class _Lazy(dict[str, Any]):
-    """A registry that imports `owner`, which fills in the entries, the first time it is asked for one of
-    `names`."""
+    """A registry that imports the module that owns a name, which fills in the entry, the first time it is
+    asked for one of the names in `owners`."""
 
-    def __init__(self, table: dict[str, Any], owner: str, names: Iterable[str]) -> None:
+    def __init__(self, table: dict[str, Any], owners: Mapping[str, str]) -> None:
         super().__init__(table)
-        self.owner, self.names = owner, frozenset(names)
+        self.owners = owners
 
     def __contains__(self, key: object) -> bool:
-        if key in self.names and not dict.__contains__(self, key):
-            importlib.import_module(self.owner)
+        if key in self.owners and not dict.__contains__(self, key):
+            importlib.import_module(self.owners[cast(str, key)])
         return dict.__contains__(self, key)
 
     def __missing__(self, key: str) -> Any:
@@ -69,17 +75,17 @@ def _extend(module: Any) -> None:
     """Put lazy registries into a module of transformers or PEFT that has been executed."""
     if module.__name__ == REGISTRY:
         for name in TABLES:
-            _make_lazy(module, name, "rankfold.hf", ["rankfold"])
+            _make_lazy(module, name, {"rankfold": "rankfold.hf"})
     elif module.__name__ == ADAPTERS:
-        _make_lazy(module, ADAPTER_TABLE, "rankfold.peft", ["WARA"])
+        _make_lazy(module, ADAPTER_TABLE, {"WARA": "rankfold.peft"})
     else:  # what third parties register there: model types, and the classes of their configs
-        _make_lazy(module.CONFIG_MAPPING, "_extra_content", "rankfold.models", MODEL_TYPES)
+        _make_lazy(module.CONFIG_MAPPING, "_extra_content", OWNERS)
 
 
-def _make_lazy(holder: Any, name: str, owner: str, names: Iterable[str]) -> None:
+def _make_lazy(holder: Any, name: str, owners: Mapping[str, str]) -> None:
     table = getattr(holder, name, None)
     if isinstance(table, dict) and not isinstance(table, _Lazy):
-        setattr(holder, name, _Lazy(table, owner, names))
+        setattr(holder, name, _Lazy(table, owners))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
