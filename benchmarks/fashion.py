@@ -7,7 +7,6 @@ residual blocks with batch norm, of width w, 2w, 4w at 14 x 14, 7 x 7, 4 x 4, a 
 
 from __future__ import annotations
 
-import gzip
 import math
 from pathlib import Path
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankfold.data_images import idx
 from rankfold.regime import Regime
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package puts it
 MEAN, SPREAD = 0.2860, 0.3530  # of the training pixels, from 0 to 1
-KINDS = {2051: 3, 2049: 1}  # magic number of an idx file of bytes -> dimensions
 
 
 def load(folder: str | Path = FOLDER) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,12 +41,7 @@ def _idx(path: Path) -> Tensor:
             "`apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb FOLDER`, then "
             "--data FOLDER/usr/share/datasets/fashion-mnist"
         )
-    data = gzip.decompress(path.read_bytes())
-    dims = KINDS.get(int.from_bytes(data[:4], "big"), 0)
-    sizes = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    if not dims or len(data) != 4 + 4 * dims + math.prod(sizes):
-        raise ValueError(f"{path} is not an idx file of images or labels")
-    return torch.frombuffer(bytearray(data[4 + 4 * dims :]), dtype=torch.uint8).view(sizes)
+    return torch.from_numpy(idx(path.read_bytes(), str(path)).copy())
 
 
 def split(x: Tensor, y: Tensor, held: int = 5000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

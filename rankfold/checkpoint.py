@@ -39,7 +39,7 @@ from rankfold.manifest import (
     validate,
 )
 from rankfold.report import Report
-from rankfold.token_layer import token_layers
+from rankfold.token_layer import check_dense
 
 MANIFEST, WEIGHTS = "rankfold.json", "model.safetensors"
 
@@ -173,10 +173,7 @@ def _allocate_(model: nn.Module, places: Mapping[str, Any]) -> None:
 def to_dense_(model: nn.Module) -> nn.Module:
     """Replace every structure by the ordinary dense layer of the same function: a checkpoint that needs no
     rankfold. Raises ValueError for a model with a TokenWara, which is no layer of anything else."""
-    if tokens := next(iter(token_layers(model)), None):
-        raise ValueError(
-            f"layer {tokens!r} is a TokenWara, which changes activations: no dense layer computes the same"
-        )
+    check_dense(model)
     done: dict[int, nn.Parameter] = {}
     for name, host in hosts(model).items():
         dense = host.to_dense()

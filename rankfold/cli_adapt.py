@@ -12,18 +12,29 @@ from rankfold.cli_adapt_options import (
     AdapterOnly,
     Alpha,
     AsLora,
+    Augment,
+    Coefficients,
+    Core,
     Epochs,
+    ImageColumn,
+    ImageSize,
     Init,
     Keep,
     LabelColumn,
     Levels,
+    Mean,
     Merge,
+    NewHead,
     Patience,
+    PerClass,
     Rank,
     Recipe,
+    Scale,
+    Std,
     Steps,
     TextColumn,
     Wavelet,
+    Workers,
     check_alone,
     of_recipe,
 )
@@ -65,7 +76,8 @@ def adapt(
         list[str] | None,
         typer.Option(
             help="what to train on, NAME[:split], repeatable, in equal shares: wikipedia:train, my.jsonl, a "
-            "hub data set; chats; for a classifier one labelled set: movie:train, my.csv"
+            "hub data set; chats; for a classifier one labelled set: movie:train, my.csv, fashion:train, a "
+            "folder of class folders of images"
         ),
     ] = None,
     rank: Rank = None,
@@ -73,6 +85,9 @@ def adapt(
     wavelet: Wavelet = None,
     levels: Levels = None,
     init: Init = None,
+    coefficients: Coefficients = None,
+    scale: Scale = None,
+    core: Core = None,
     targets: Targets = None,
     skip: Skip = None,
     keep_trainable: Keep = None,
@@ -85,7 +100,9 @@ def adapt(
         list[str] | None,
         typer.Option(help="text to choose the best state on, repeatable; default: held out of --data"),
     ] = None,
-    held_out: Annotated[float, typer.Option(help="share of documents held out of --data")] = 0.1,
+    held_out: Annotated[
+        float, typer.Option(help="share of documents, of each class, held out of --data")
+    ] = 0.1,
     validation_tokens: Annotated[
         int | None, typer.Option(help="tokens to choose on, at most; default 8192")
     ] = None,
@@ -100,7 +117,7 @@ def adapt(
         int | None, typer.Option(help="tokens in a window; default 512, or 128 of a labelled text")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="windows in a batch; default 2, or 32 labelled texts")
+        int | None, typer.Option(help="windows in a batch; default 2, or 32 labelled texts or images")
     ] = None,
     accumulate: Annotated[int | None, typer.Option(help="batches to a step; default 1")] = None,
     lr: Annotated[
@@ -124,6 +141,14 @@ def adapt(
     patience: Patience = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    image_column: ImageColumn = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    augment: Augment = None,
+    per_class: PerClass = None,
+    new_head: NewHead = False,
+    workers: Workers = None,
     seed: Annotated[int, typer.Option(help="of the order of the text, and of what is drawn")] = 0,
     device: Device = None,
     merge: Merge = False,

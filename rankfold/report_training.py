@@ -112,19 +112,22 @@ def section(report: Report) -> str:
     return drawn("Training", lines(report), of(report).get("train"), of(report).get("validation"))
 
 
-def drawn(title: str, lines: Sequence[tuple[str, str]], train: Any, held: Any) -> str:
-    """A section of the page: the losses [[step, loss], …] over the (label, words)."""
+def drawn(title: str, lines: Sequence[tuple[str, str]], train: Any, held: Any, *, unit: str = "token") -> str:
+    """A section of the page: the losses [[step, loss], …], in nats per `unit`, over the (label, words)."""
     rows = "".join(
         f'<tr><th scope="row">{escape(label)}</th><td class="left wrap">{escape(words)}</td></tr>'
         for label, words in lines
     )
-    figure = plot(points_of(train), points_of(held))
+    figure = plot(points_of(train), points_of(held), unit=unit)
     table = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
     return f"<section>\n<h2>{title}</h2>\n{figure}\n{table}\n</section>"
 
 
-def plot(train: Sequence[tuple[float, float]], held: Sequence[tuple[float, float]]) -> str:
-    """Loss against steps: training as a line, validation as a line with marks; "" where there is neither."""
+def plot(
+    train: Sequence[tuple[float, float]], held: Sequence[tuple[float, float]], *, unit: str = "token"
+) -> str:
+    """Loss in nats per `unit` against steps: training as a line, validation as a line with marks; "" where
+    there is neither."""
     points = [*train, *held]
     if len(points) < 2:
         return ""
@@ -160,8 +163,8 @@ def plot(train: Sequence[tuple[float, float]], held: Sequence[tuple[float, float
     return (
         f'<figure>{legend}<svg viewBox="0 0 640 232" role="img" aria-label="Loss against steps" '
         f'style="width:100%;max-width:46rem">{"".join(parts)}</svg>'
-        "<figcaption>Loss in nats per token against steps of the optimizer. Training: the batch of a step, "
-        "or means of several.</figcaption></figure>"
+        f"<figcaption>Loss in nats per {escape(unit)} against steps of the optimizer. Training: the batch of "
+        "a step, or means of several.</figcaption></figure>"
     )
 
 

@@ -189,6 +189,14 @@ def token_layers(model: nn.Module) -> dict[str, TokenWara]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TokenWara)}
 
 
+def check_dense(model: nn.Module) -> None:
+    """Raise ValueError where no model of ordinary dense layers computes the same: there is a TokenWara."""
+    if tokens := next(iter(token_layers(model)), None):
+        raise ValueError(
+            f"layer {tokens!r} is a TokenWara, which changes activations: no dense layer computes the same"
+        )
+
+
 def own_parameters(layer: TokenWara) -> list[nn.Parameter]:
     """What trains in a TokenWara: all but its host's."""
     return [p for p in (layer.left, layer.right, layer.scales) if p is not None]

@@ -177,6 +177,42 @@ def test_what_trains_beside_the_adapters(home: Path, tmp_path: Path) -> None:
         )
 
 
+def test_recipes_without_a_rank_count_their_own_numbers(home: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"coefficients": 40, "scale": 1.0}
+    facts, folder = adapt(home, tmp_path / "one", "waveft", options=options, epochs=1)
+    assert (
+        facts["trained"]["adapters"] == 13 * 40 and "coefficients 40" in (folder / "report.html").read_text()
+    )
+    options = {"rank": 2, "core": "diagonal"}
+    facts, _ = adapt(home, tmp_path / "two", "wara_tiny", options=options, epochs=1)
+    assert facts["trained"]["adapters"] == 13 * 4 * 2
+
+
+def test_the_folder_says_what_predicting_needs(home: Path, tmp_path: Path) -> None:
+    from rankfold.classify import open_classifier
+
+    _, folder = adapt(home, tmp_path / "out", "probe", epochs=1, length=12, check=False)
+    assert open_classifier(str(folder), device="cpu").length == 12
+
+
+def test_an_adapter_alone_becomes_a_lora(home: Path, tmp_path: Path) -> None:
+    """Its base, a bare encoder, gets the head that it was trained with."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from rankfold.export_forms import export_lora
+
+    _, whole = adapt(home, tmp_path / "whole", epochs=1, check=False)
+    _, alone = adapt(home, tmp_path / "alone", epochs=1, check=False, adapter_only=True)
+    export_lora(str(alone), str(tmp_path / "lora"))
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=2)
+    ids = torch.arange(4, 10)[None]
+    with torch.no_grad():
+        said = PeftModel.from_pretrained(base, tmp_path / "lora").eval()(input_ids=ids).logits
+        want = AutoModelForSequenceClassification.from_pretrained(whole).eval()(input_ids=ids).logits
+    assert torch.allclose(said, want, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_bfloat16_is_autocast_over_float32(home: Path, tmp_path: Path) -> None:
     facts, folder = adapt(home, tmp_path / "out", epochs=1, dtype="bfloat16")

@@ -24,6 +24,7 @@ from rankfold.cli import app
 from rankfold.factorize import factorize_
 from rankfold.hosts import hosts
 from rankfold.report import Report
+from rankfold.token_wavelet import token_wara_
 
 TARGETS = ["*.q_proj", "*.down_proj"]
 
@@ -31,7 +32,7 @@ TARGETS = ["*.q_proj", "*.down_proj"]
 @pytest.fixture(scope="module")
 def home(tiny_llama: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`; `adapted`, the same with WaRA on it; `alone`, its adapters; `small`, factors with a LoRA beside
-    some; and the logits of each."""
+    some; the logits of each; and `tokens`, with a TokenWara."""
     home = tmp_path_factory.mktemp("forms")
     tiny_llama().save_pretrained(home / "base")
     model = AutoModelForCausalLM.from_pretrained(home / "base")
@@ -44,6 +45,9 @@ def home(tiny_llama: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     factorize_(small, recipes.svd, budget=0.6)
     factorize_(small, recipes.lora(rank=2), targets=TARGETS)
     rankfold.save(stir_(small), home / "small")
+    tokens = tiny_llama()
+    token_wara_(tokens, ["model.layers.0.self_attn.o_proj"], 2)
+    rankfold.save(tokens, home / "tokens")
     torch.save({"adapted": logits(model), "alone": logits(model), "small": logits(small)}, home / "logits")
     return home
 
@@ -150,6 +154,8 @@ def test_a_head_that_trained_goes_along(known: bool, tiny_llama: Callable[..., A
     ("model", "words", "message"),
     [
         ("base", "--to dense", "holds no structure of rankfold: it is an ordinary checkpoint already"),
+        ("tokens", "--to dense", "is a TokenWara, which changes activations"),
+        ("tokens", "--to peft", "is a TokenWara, which changes activations and is no matrix"),
         ("base", "--to peft", "has no adapters: put some on first"),
         ("adapted", "--to gguf", "choose 'dense', 'peft' or 'onnx'"),
         ("adapted", "--to dense --budget 0.5", "--budget belongs to a cut"),

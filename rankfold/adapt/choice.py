@@ -28,7 +28,7 @@ from rankfold.recipe import Recipe
 from rankfold.report import Report
 
 FULL, PROBE = "full", "probe"
-OPTIONS = ("rank", "alpha", "wavelet", "levels", "init")
+OPTIONS = ("rank", "alpha", "wavelet", "levels", "init", "coefficients", "scale", "core")
 RATES = {"adapter": 5e-4, FULL: 5e-5, PROBE: 2e-3}  # ours; an adapter takes ten times the rate of the weights
 
 

@@ -1,4 +1,5 @@
-"""A classifier, adapted: labelled texts in; the head trains whole, the model below it by its adapters.
+"""A classifier, adapted: labelled texts or images in; the head trains whole, the model below it by its
+adapters.
 
 examples -> model with a head -> adapters on -> scores before -> Trainer -> best epoch -> scores after
 """
@@ -6,6 +7,8 @@ examples -> model with a head -> adapters on -> scores before -> Trainer -> best
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,54 +18,50 @@ from rankfold.adapt.choice import head_of, trained_facts
 from rankfold.adapt.job import Job, before, finish, memory_of
 from rankfold.adapt.output import check_form
 from rankfold.adapt.trainer import ClassifierTrainer, ClassifierWatch
-from rankfold.classify.build import build, words
-from rankfold.classify.encode import Batches, Encoded, encode, logits_of
-from rankfold.classify.examples import check_spec, numbers, warnings_of
+from rankfold.classify.encode import Batches, Inputs, logits_of
+from rankfold.classify.examples import Examples, numbers
 from rankfold.classify.scores import confusion, scores
-from rankfold.classify.settings import Choice as Classifier
 from rankfold.classify.settings import Training
 from rankfold.classify.trainer import best, epochs_of, evaluations, exhausted, history_of, restore_
-from rankfold.classify.training import check_pretrained, check_tokens, sets_of
 from rankfold.footprint import params
+from rankfold.metrics import Progress
 from rankfold.pretrain.report import thinned
 from rankfold.pretrain.run import Run, step_of
 from rankfold.pretrain.trainer import Stopped, curves, stopping
 from rankfold.provenance import weights_hash
 
 
-def adapt_classifier(
-    job: Job,
-    training: Training,
-    *,
-    data: str,
-    validation: str | None,
-    held: float,
-    test: str | None,
-    text_column: str,
-    label_column: str,
-) -> dict[str, Any]:
-    """Run the job and return the facts. Raises ValueError before anything trains for what cannot be, and
-    where the loss is not a number; `Stopped` where a signal ended the run, with a checkpoint."""
-    if not 0 <= held < 1:
-        raise ValueError(f"--held-out {held:g}: the share for validation, at least 0 and below 1")
-    for spec in (data, validation, test):
-        if spec is not None:
-            check_spec(spec)
-    kind = Classifier(model=job.model)
-    if kind.scratch:
-        raise ValueError(
-            f"{job.model!r} is trained from random weights, by rankfold classify train; adapt takes a model "
-            "that is trained already: minilm, a folder, a hub id"
-        )
-    check_pretrained(job.model, training.length)
-    columns = {"text_column": text_column, "label_column": label_column}
-    sets, names = sets_of(data, validation, test, held, columns)
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learned: a model with a head for `names`, and examples as it reads them.
+
+    reader    what makes inputs of examples, and is saved beside the model: a tokenizer, an image processor
+    sets      {"train", "validation", "test": examples}, those that there are; `inputs`: the same, for the
+              model
+    facts     what is told of each set, beside its source and size
+    identity  what makes a run another one, beside data, model and training; `settings`: what is told of it
+    """
+
+    model: Any
+    reader: Any
+    names: list[str]
+    sets: Mapping[str, Examples]
+    inputs: Mapping[str, Inputs]
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def adapt_classifier(job: Job, training: Training, opening: Callable[[Progress], Task]) -> dict[str, Any]:
+    """Run the job on what `opening` reads and return the facts. Raises ValueError before anything trains for
+    what cannot be, and where the loss is not a number; `Stopped` where a signal ended the run, with a
+    checkpoint."""
+    with job.progress() as tell:
+        task = opening(tell)
+    sets, names, encoded, model = task.sets, task.names, task.inputs, task.model
     labels = {part: numbers(item, names) for part, item in sets.items()}
-    known = words(kind, sets["train"].texts, training.length)
-    encoded = {part: encode(known.tokenizer, item.texts, training.length) for part, item in sets.items()}
-    said = warnings_of(sets["train"], {part: item for part, item in sets.items() if part != "train"})
-    said += check_tokens(sets, encoded)
-    model: Any = build(kind, known, names, seed=training.seed, length=training.length)
+    said = list(task.warnings)
     model.to(job.device)
     head = head_of(model)
     identity = {
@@ -71,6 +70,7 @@ def adapt_classifier(
         "training": training.to_json() | {"dtype": job.dtype},
         "data": {part: {"source": item.source, "hash": item.hash} for part, item in sets.items()},
         "classes": names,
+        **task.identity,
     }
     size = params(model)
     report = job.choice.put_(model, head)
@@ -98,19 +98,20 @@ def adapt_classifier(
         after = measure()
         facts = {
             "task": "classification",
+            "of": sets["train"].noun,
             "classes": names,
             "trained": trained,
             "data": {
-                part: {"source": item.source, "hash": item.hash, "n": len(item), "cut": encoded[part].cut}
+                part: {"source": item.source, "hash": item.hash, "n": len(item), **task.facts.get(part, {})}
                 for part, item in sets.items()
             },
-            "settings": training.to_json() | {"dtype": job.dtype},
+            "settings": training.to_json() | {"dtype": job.dtype, **task.settings},
             "training": went,
             "metrics": {part: {"before": first[part], "after": after[part]} for part in judged},
             "memory": memory_of(watch),
             "warnings": said,
         }
-        finish(job, run, model, known.tokenizer, facts, tell)
+        finish(job, run, model, task.reader, facts, tell)
     return facts
 
 
@@ -119,13 +120,13 @@ def _fit(
     run: Run,
     model: Any,
     training: Training,
-    encoded: dict[str, Encoded],
+    encoded: Mapping[str, Inputs],
     labels: dict[str, list[int]],
     tell: Any,
 ) -> tuple[ClassifierWatch, dict[str, Any]]:
     """Train to the end of all epochs or of patience, load the best weights, and say how it went."""
     batches = Batches(encoded["train"], labels["train"], training.batch_size, training.epochs, training.seed)
-    held: tuple[Encoded, Tensor] | None = None
+    held: tuple[Inputs, Tensor] | None = None
     if "validation" in encoded:
         held = encoded["validation"], torch.tensor(labels["validation"])
     watch = ClassifierWatch(tell, job.say, batches.per_epoch)

@@ -24,7 +24,9 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     trained, went, settings = facts["trained"], facts["training"], facts["settings"]
     method = facts["recipe"].get("method", {})
     options = ", ".join(
-        f"{key} {value}" for key, value in method.items() if key in ("rank", "alpha") and value
+        f"{key} {value}"
+        for key, value in method.items()
+        if key in ("rank", "alpha", "coefficients") and value
     )
     parts = f"{trained['adapters']:,} in adapters of {trained['layers']} layers, {trained['others']:,} others"
     found = [
@@ -38,6 +40,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Written", f"{size(facts['written']['bytes'])}: {_FORMS[facts['written']['form']]}"),
         *quality(facts),
         ("Training", _steps(facts)),
+        *([("Varied at random", ", ".join(settings["augment"]))] if settings.get("augment") else []),
         (
             "Optimizer",
             f"adamw, lr {number(settings['lr'])}, clip {number(settings['clip'])}, {settings['dtype']}, "
@@ -79,7 +82,7 @@ def _steps(facts: dict[str, Any]) -> str:
     if facts["task"] == "classification":
         early = ", stopped early" if went["stopped_early"] else ""
         epochs = len(went["epochs"])
-        seen = f"{epochs} epoch{'' if epochs == 1 else 's'} over {data['train']['n']:,} texts"
+        seen = f"{epochs} epoch{'' if epochs == 1 else 's'} over {data['train']['n']:,} {facts['of']}s"
         return f"{seen}, {went['steps']:,} steps{early}; epoch {went['best_epoch']} is kept"
     of = f"{count(data['tokens'])} tokens" if "tokens" in data else f"{data['conversations']:,} conversations"
     return f"{went['steps']:,} steps, {of}; the state of step {went['best_step']:,} is kept"

@@ -19,9 +19,8 @@ def page(facts: dict[str, Any]) -> str:
     """The whole document."""
     name = escape(title(facts))
     went = facts["training"]
-    curves = drawn("Training", lines(facts), went["train"], went["validation"])
-    if facts["task"] == "classification":  # the plot is that of pre-training, whose unit is the token
-        curves = curves.replace("Loss in nats per token", "Loss in nats per text")
+    unit = facts.get("of", "token")  # a text, an image
+    curves = drawn("Training", lines(facts), went["train"], went["validation"], unit=unit)
     warned = "".join(f"<li>{escape(words)}</li>" for words in facts["warnings"])
     notes = f'<div class="warnings" role="note"><strong>Warnings</strong><ul>{warned}</ul></div>'
     classes = _classes(facts) if facts["task"] == "classification" else ""

@@ -7,6 +7,7 @@ minilm, folder, hub id   a pretrained model, with a head for the classes at hand
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +130,11 @@ def _opened_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def build(choice: Choice, known: Words, names: Sequence[str], *, seed: int, length: int) -> nn.Module:
-    """The untrained classifier (or the trained one with a new head where its classes differ), in float32.
+def build(
+    choice: Choice, known: Words, names: Sequence[str], *, seed: int, length: int, new_head: bool = False
+) -> nn.Module:
+    """The untrained classifier (or the trained one with a new head where its classes differ in number, or
+    `new_head` says so), in float32.
 
     The same seed gives the same weights; torch's global random state is left as it was. Raises ValueError for
     a model that cannot be read or has no room for `length` tokens.
@@ -138,7 +142,7 @@ def build(choice: Choice, known: Words, names: Sequence[str], *, seed: int, leng
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if not choice.scratch:
-            return _pretrained(choice, known.tokenizer, names, length)
+            return _pretrained(choice, known.tokenizer, names, length, new_head)
         labels = {number: name for number, name in enumerate(names)}
         defaults = _RECURRENT if choice.model in RECURRENT else _TRANSFORMER
         sizes = {
@@ -194,38 +198,71 @@ def heads_of(width: int) -> int:
     return max((n for n in range(1, max(width // 32, 1) + 1) if width % n == 0), default=1)
 
 
-def _pretrained(choice: Choice, tokenizer: Any, names: Sequence[str], length: int) -> nn.Module:
+def _pretrained(
+    choice: Choice, tokenizer: Any, names: Sequence[str], length: int, new_head: bool
+) -> nn.Module:
     import transformers
 
     import rankfold.hf  # noqa: F401  folders that rankfold wrote load, whether or not autoload is on
 
     place = source(choice.model)
-    labels: Any = {number: name for number, name in enumerate(names)}
     try:
         config = transformers.AutoConfig.from_pretrained(place)
         check_fits(choice.model, config, length)
         if choice.pooler is not None:
             encoder = transformers.AutoModel.from_pretrained(place, dtype=torch.float32)
+            labels: Any = {number: name for number, name in enumerate(names)}
             return PooledForSequenceClassification.from_encoder(
                 encoder, choice.pooler, pooler_options=choice.pooler_options, id2label=labels
             )
-        model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-            place,
-            dtype=torch.float32,
-            num_labels=len(names),
-            id2label=labels,
-            label2id={name: number for number, name in labels.items()},
-            ignore_mismatched_sizes=True,  # a head for other classes is drawn anew
-        )
     except OSError as error:
-        raise ValueError(
-            f"no model {choice.model!r}: not one that is trained here, not a folder with config.json, not "
-            f"packaged ({', '.join(PACKAGED)}), and the hub could not be asked ({_first(error)})"
-        ) from error
-    model.config.problem_type = "single_label_classification"
+        raise _absent(choice.model, error) from error
+    model = with_head(transformers.AutoModelForSequenceClassification, choice.model, names, new_head=new_head)
     if getattr(model.config, "pad_token_id", 0) is None:  # one that finds the end of a text by its padding
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def with_head(auto: Any, model: str, names: Sequence[str], *, new_head: bool = False) -> Any:
+    """A pretrained model with a head for `names`, in float32.
+
+    auto      the class of transformers that opens it, such as AutoModelForImageClassification
+    new_head  the head that it has is replaced by one from random numbers; False: it stays where it has as
+              many classes, and only a missing one, or one of another size, is drawn
+
+    Raises ValueError where there is no such model.
+    """
+    import rankfold.hf  # noqa: F401  see `_pretrained`
+
+    labels: dict[int, str] = dict(enumerate(names))
+    mapped = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+    # A head is read as it is and replaced then: a folder with structures in it has no tensor of another
+    # shape.
+    own: dict[str, Any] = {} if new_head else {**mapped, "ignore_mismatched_sizes": True}
+    try:
+        net = auto.from_pretrained(source(model), dtype=torch.float32, **own)
+    except OSError as error:
+        raise _absent(model, error) from error
+    if new_head:
+        if net.base_model is net:
+            raise ValueError(
+                f"{model!r}: its head cannot be told from its other layers, to put a new one there"
+            )
+        net.config.id2label, net.config.label2id = mapped["id2label"], mapped["label2id"]
+        fresh = auto.from_config(copy.deepcopy(net.config))
+        for name, child in fresh.named_children():
+            if name != net.base_model_prefix:
+                setattr(net, name, child.float())
+        net.num_labels = len(labels)
+    net.config.problem_type = "single_label_classification"
+    return net
+
+
+def _absent(model: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"no model {model!r}: not one that is trained here, not a folder with config.json, not packaged "
+        f"({', '.join(PACKAGED)}), and the hub could not be asked ({_first(error)})"
+    )
 
 
 def check_fits(name: str, config: Any, length: int) -> None:

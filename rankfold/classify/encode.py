@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,25 @@ from rankfold.metrics import Progress
 
 _STRETCH = 50  # batches within which rows are sorted by length
 _AT_ONCE = 1024  # texts that the tokenizer is given
+
+
+class Inputs(Protocol):
+    """What a model reads, row by row: texts (`Encoded`), or images (`rankfold.adapt.pixels`)."""
+
+    def __len__(self) -> int: ...
+
+    def length_of(self, row: int) -> int:
+        """Tokens of a row: rows of like length share a batch."""
+        ...
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """What the model is called with."""
+        ...
+
+    def varied(self, rows: Sequence[int], seed: int, epoch: int) -> dict[str, Tensor]:
+        """The same as it is trained on in an epoch, with what is changed at random, decided by the arguments
+        alone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,9 @@ class Encoded:
     def mean_length(self) -> int:
         return max(1, round(sum(map(len, self.ids)) / max(len(self.ids), 1)))
 
+    def length_of(self, row: int) -> int:
+        return len(self.ids[row])
+
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """input_ids and attention_mask (rows, longest) int64, padded on the right; a text without a token is
         padding alone."""
@@ -48,10 +70,14 @@ class Encoded:
             mask[at, : len(found)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    def by_length(self, batch_size: int) -> list[list[int]]:
-        """Rows in batches of like length, the longest first, so that memory runs out early if at all."""
-        order = sorted(range(len(self)), key=lambda row: -len(self.ids[row]))
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    def varied(self, rows: Sequence[int], seed: int, epoch: int) -> dict[str, Tensor]:
+        return self.batch(rows)
+
+
+def by_length(data: Inputs, batch_size: int) -> list[list[int]]:
+    """Rows in batches of like length, the longest first, so that memory runs out early if at all."""
+    order = sorted(range(len(data)), key=lambda row: -data.length_of(row))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def encode(tokenizer: Any, texts: Sequence[str], length: int) -> Encoded:
@@ -70,7 +96,7 @@ def encode(tokenizer: Any, texts: Sequence[str], length: int) -> Encoded:
 class Batches(Dataset[dict[str, Tensor]]):
     """The batches that a run trains on, in its order: item i depends on the seed and i alone."""
 
-    def __init__(self, data: Encoded, labels: Sequence[int], batch_size: int, epochs: int, seed: int) -> None:
+    def __init__(self, data: Inputs, labels: Sequence[int], batch_size: int, epochs: int, seed: int) -> None:
         self.data, self.labels = data, torch.tensor(labels)
         self.batch_size, self.epochs, self.seed = batch_size, epochs, seed
         self.per_epoch = -(-len(data) // batch_size)
@@ -84,7 +110,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         if self._order[0] != epoch:
             self._order = epoch, self._epoch(epoch)
         rows = self._order[1][place]
-        return {**self.data.batch(rows), "labels": self.labels[rows]}
+        return {**self.data.varied(rows, self.seed, epoch), "labels": self.labels[rows]}
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         draw = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
@@ -92,21 +118,21 @@ class Batches(Dataset[dict[str, Tensor]]):
         batches = []
         for start in range(0, len(order), _STRETCH * self.batch_size):
             part = order[start : start + _STRETCH * self.batch_size]
-            part.sort(key=lambda row: len(self.data.ids[row]))
+            part.sort(key=self.data.length_of)
             batches += [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
         return [batches[at] for at in torch.randperm(len(batches), generator=draw).tolist()]
 
 
 @torch.no_grad()
 def logits_of(
-    model: nn.Module, data: Encoded, batch_size: int, *, tell: Progress | None = None, stage: str = "predict"
+    model: nn.Module, data: Inputs, batch_size: int, *, tell: Progress | None = None, stage: str = "predict"
 ) -> Tensor:
-    """Logits (texts, classes) float32 on the CPU, in the order of the texts; eval mode, given back after."""
+    """Logits (rows, classes) float32 on the CPU, in the order of the rows; eval mode, given back after."""
     place = next(model.parameters()).device
     was, found, done = model.training, None, 0
     model.eval()
     try:
-        for rows in data.by_length(batch_size):
+        for rows in by_length(data, batch_size):
             batch = {key: value.to(place) for key, value in data.batch(rows).items()}
             logits = model(**batch).logits.float().cpu()
             if found is None:

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from rankfold import data as texts_
 from rankfold.classify.rows import SUFFIXES, Row, file_rows, hub_rows
@@ -39,6 +40,7 @@ class Examples:
     names: list[str] | None = None
     unit: str = "row"
     groups: list[str] | None = None
+    noun: ClassVar[str] = "text"  # what is classified; of images `texts` are digests (adapt/pictures.py)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -225,6 +227,21 @@ def held_out(data: Examples, share: float) -> tuple[Examples, Examples]:
     return data.take(rest), data.take(sorted(chosen))
 
 
+def balanced(data: Examples, count: int) -> Examples:
+    """`count` examples of every class, the first ones by their hash: the same ones at every seed, in every
+    order of the rows. Raises ValueError for a class that has fewer."""
+    assert data.labels is not None
+    if count < 1:
+        raise ValueError(f"--per-class {count}: at least 1")
+    kinds: dict[str, list[tuple[bytes, int]]] = defaultdict(list)
+    for row, (text, label) in enumerate(zip(data.texts, data.labels, strict=True)):
+        kinds[label].append((key(text), row))
+    for label, found in kinds.items():
+        if len(found) < count:
+            raise ValueError(f"--per-class {count}: '{data.source}' has {len(found)} of class {label!r}")
+    return data.take(sorted(row for found in kinds.values() for _, row in sorted(found)[:count]))
+
+
 def warnings_of(train: Examples, others: dict[str, Examples]) -> list[str]:
     """What is doubtful in the data, in words: texts on both sides, texts with two labels, rare classes."""
     found = []
@@ -235,12 +252,12 @@ def warnings_of(train: Examples, others: dict[str, Examples]) -> list[str]:
         both = sum(key(text) in seen for text in other.texts)
         if both:
             found.append(
-                f"{both} of the {len(other)} texts of the {name} data are in the training data too: its "
-                "figures flatter the model"
+                f"{both} of the {len(other)} {other.noun}s of the {name} data are in the training data too: "
+                "its figures flatter the model"
             )
     twofold = sum(len(labels) > 1 for labels in seen.values())
     if twofold:
-        found.append(f"{twofold} texts of the training data occur with different labels")
+        found.append(f"{twofold} {train.noun}s of the training data occur with different labels")
     counts = Counter(train.labels or ()).most_common()
     (most, high), (least, low) = counts[0], counts[-1]
     if high >= 10 * low or low < 5:

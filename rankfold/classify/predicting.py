@@ -23,6 +23,7 @@ from rankfold.classify.scores import confusion, scores
 from rankfold.judge import Bars
 
 EMPTY, NO_TOKEN = "the text is empty", "the tokenizer finds no word in the text"
+RECORDS = ("classify.json", "adapt.json")  # of `classify train`, and of `adapt`
 _PART = 4096  # texts that are encoded and sorted by length at a time
 
 
@@ -45,7 +46,6 @@ def open_classifier(folder: str, *, length: int | None = None, device: str | Non
     import rankfold.hf
     import rankfold.models  # noqa: F401  both register what they know
     from rankfold.classify.build import check_fits, source
-    from rankfold.classify.training import FACTS
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = source(folder)
@@ -69,18 +69,25 @@ def open_classifier(folder: str, *, length: int | None = None, device: str | Non
             f"{folder!r} gives a text no single class ({model.config.problem_type or 'one number'})"
         )
     if length is None:
-        facts = Path(folder) / FACTS
-        try:
-            length = int(json.loads(facts.read_text(encoding="utf-8"))["settings"]["length"])
-        except (OSError, ValueError, KeyError, TypeError):
-            config = getattr(model.config, "encoder", None) or model.config
-            length = min(getattr(config, "max_position_embeddings", None) or 512, 512)
+        config = getattr(model.config, "encoder", None) or model.config
+        most = min(getattr(config, "max_position_embeddings", None) or 512, 512)
+        length = _trained_length(Path(folder)) or most
     assert length is not None
     check_fits(folder, model.config, length)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     return Classifier(model.to(place).eval(), tokenizer, names, length)
+
+
+def _trained_length(folder: Path) -> int | None:
+    """The tokens that texts were cut at in training, where the folder says it."""
+    for name in RECORDS:
+        try:
+            return int(json.loads((folder / name).read_text(encoding="utf-8"))["settings"]["length"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def rows_of(

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,10 +150,11 @@ def _fields(
         text = ""
     if not isinstance(text, str):
         raise ValueError(f"{where}: {text_column!r} is {type(text).__name__}, not a string")
-    return text, _label(record[label_column], where, label_column) if want else None
+    return text, label_of(record[label_column], where, label_column) if want else None
 
 
-def _label(value: Any, where: str, column: str) -> str:
+def label_of(value: Any, where: str, column: str) -> str:
+    """A label as a string; "" for none. Raises ValueError for what is neither a string nor an integer."""
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)  # a column of integers with a gap in it, as pandas writes it
     if value is None:
@@ -172,12 +173,33 @@ def hub_rows(
 
     Raises ValueError where it cannot be read, or lacks a column.
     """
+    found, where = hub_set(name, split)
+    want = label_column in found.column_names if labelled is None else labelled
+    names = hub_names(found, label_column) if want else None
+
+    def rows() -> Iterator[Row]:
+        for number, record in enumerate(found, 1):
+            at = f"{where}, row {number}"
+            text, label = _fields(record, at, text_column, label_column, want)
+            yield Row(number, text, label if label is None else named(label, names))
+
+    return rows(), names
+
+
+def hub_set(name: str, split: str) -> tuple[Any, str]:
+    """A hub data set, or a folder that `save_to_disk` wrote, and how errors name it. Raises ValueError where
+    it cannot be read."""
     configuration, _, part = split.rpartition("/")
     where = f"data set {name!r}, split {split!r}"
     try:
         import datasets
 
-        found: Any = datasets.load_dataset(name, configuration or None, split=part)
+        if not is_saved_set(Path(name)):
+            return datasets.load_dataset(name, configuration or None, split=part), where
+        found: Any = datasets.load_from_disk(name)
+        if isinstance(found, dict) and part not in found:
+            raise ValueError(f"it has the splits {', '.join(found)}")
+        return (found[part] if isinstance(found, dict) else found), where
     except Exception as error:  # the hub, its cache and each file format raise their own kinds
         said = str(error).strip() or type(error).__name__
         raise ValueError(
@@ -185,16 +207,21 @@ def hub_rows(
             f"(HF_HUB_OFFLINE), name a configuration as {name}:CONFIG/split, or give a .csv, .tsv or .jsonl "
             "file"
         ) from error
-    want = label_column in found.column_names if labelled is None else labelled
-    kind = (found.features or {}).get(label_column) if want else None
-    names: list[str] | None = list(kind.names) if kind is not None and hasattr(kind, "names") else None
 
-    def rows() -> Iterator[Row]:
-        for number, record in enumerate(found, 1):
-            at = f"{where}, row {number}"
-            text, label = _fields(record, at, text_column, label_column, want)
-            if names is not None and label is not None:
-                label = names[int(label)] if label.isdecimal() and int(label) < len(names) else ""
-            yield Row(number, text, label)
 
-    return rows(), names
+def is_saved_set(path: Path) -> bool:
+    """Whether `save_to_disk` of datasets wrote this folder."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def hub_names(found: Any, column: str) -> list[str] | None:
+    """The names of the classes, where a column of a hub data set declares them."""
+    kind = (found.features or {}).get(column)
+    return list(kind.names) if kind is not None and hasattr(kind, "names") else None
+
+
+def named(label: str, names: Sequence[str] | None) -> str:
+    """The name of a class by its number, where the data set declares names; "" for a number that has none."""
+    if names is None:
+        return label
+    return names[int(label)] if label.isdecimal() and int(label) < len(names) else ""

@@ -136,18 +136,19 @@ class Choice:
 class Training:
     """How a classifier is trained. None is the default of its kind of model.
 
-    length    tokens that a text is cut at
+    length    tokens that a text is cut at; None: of images
     warmup    share of the steps in which the rate rises from 0; it then falls by a cosine to a tenth of `lr`
     best      which epoch is kept: "accuracy", the last one within a standard error of the highest (a smaller
               difference is none, and the later epoch had the smaller rate), or "loss", the lowest
     patience  epochs without a better one after which training ends; 0: never
     clip      norm that the gradients are clipped to; 0: not
+    workers   processes that prepare batches beside the one that trains; they change no number
     """
 
     epochs: int
     lr: float
     batch_size: int
-    length: int
+    length: int | None
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
@@ -155,11 +156,14 @@ class Training:
     patience: int = 3
     seed: int = 0
     device: str = "cpu"
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("length", 2), ("patience", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)}: at least {low}")
+        lows = {"epochs": 1, "batch_size": 1, "length": 2, "patience": 0, "workers": 0}
+        for name, low in lows.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{_flag(name)} {value}: at least {low}")
         for name, open_ in (("lr", True), ("weight_decay", False), ("clip", False)):
             value = getattr(self, name)
             if not (0 < value < math.inf or (value == 0 and not open_)):
@@ -174,7 +178,8 @@ class Training:
             raise ValueError(f"--seed {self.seed}: from 0 to 2^32 - 1")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What identifies the training: all that changes its losses."""
+        return {key: value for key, value in asdict(self).items() if key != "workers"}
 
 
 # By kind of model: from random weights, and from trained ones.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer
 
 from rankfold.atomic import writing_file
-from rankfold.classify.encode import Batches, Encoded, logits_of
+from rankfold.classify.encode import Batches, Inputs, logits_of
 from rankfold.classify.settings import Training
 from rankfold.pretrain import trainer as pretraining
 from rankfold.pretrain.settings import Settings
@@ -33,7 +33,7 @@ class ClassifyTrainer(Trainer):
     """The Trainer with a step for every item of `Batches`, and validation on texts that are encoded already.
 
     watch       the callback that stops and tells
-    validation  (texts, labels), or None: then the last epoch is kept
+    validation  (texts or images, labels), or None: then the last epoch is kept
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class ClassifyTrainer(Trainer):
         folder: Path,
         settings: Training,
         train: Batches,
-        validation: tuple[Encoded, Tensor] | None,
+        validation: tuple[Inputs, Tensor] | None,
         watch: Watch,
     ) -> None:
         stated = Settings(
             steps=len(train),
             batch_size=1,  # an item of the data set is a batch
             accumulate=1,
-            length=settings.length,
+            length=settings.length or 0,  # a record of it; nothing here reads it
             lr=settings.lr,
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
@@ -64,6 +64,7 @@ class ClassifyTrainer(Trainer):
             device=settings.device,
         )
         arguments = pretraining.arguments(folder, stated)
+        arguments.dataloader_num_workers = settings.workers
         arguments._n_gpu = min(arguments.n_gpu, 1)  # more would each take a whole batch for a row of one
         super().__init__(
             model,

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rankfold.classify.build import Words, build, check_fits, source, words
 from rankfold.classify.encode import Batches, Encoded, encode, logits_of
 from rankfold.classify.examples import (
     Examples,
+    balanced,
     check_spec,
     classes_of,
     held_out,
@@ -89,6 +91,8 @@ def train(
     choice = choice or Choice()
     place = device_of(device)
     chosen = training(choice, device=place, **settings)
+    length = chosen.length
+    assert length is not None  # of images alone
     if validation is not None and held is not None:
         raise ValueError("--validation and --held-out: give one of them")
     share = 0.1 if held is None else held
@@ -98,11 +102,11 @@ def train(
         if spec is not None:
             check_spec(spec)
     folder = check_folder(out, overwrite)
-    columns = {"text_column": text_column, "label_column": label_column}
-    sets, names = sets_of(data, validation, test, share, columns)
+    reading = partial(read, text_column=text_column, label_column=label_column)
+    sets, names = sets_of(data, validation, test, share, reading)
     labels = {part: numbers(examples, names) for part, examples in sets.items()}
     if not choice.scratch:
-        check_pretrained(choice.model, chosen.length)
+        check_pretrained(choice.model, length)
     elif choice.vectors is not None and not choice.vectors_file:
         check_pretrained(choice.vectors, 0)
     identity = {
@@ -118,14 +122,14 @@ def train(
     with progress() as tell:
         run.open(restart=restart, resume=resume)
         tell("prepare", 0, 1)
-        known = words(choice, sets["train"].texts, chosen.length)
+        known = words(choice, sets["train"].texts, length)
         known.tokenizer = _kept_tokenizer(run, known)
-        encoded = {part: encode(known.tokenizer, item.texts, chosen.length) for part, item in sets.items()}
+        encoded = {part: encode(known.tokenizer, item.texts, length) for part, item in sets.items()}
         cut = check_tokens(sets, encoded)
         for words_ in cut:
             say(f"warning: {words_}")
         warned += cut
-        model = build(choice, known, names, seed=chosen.seed, length=chosen.length)
+        model = build(choice, known, names, seed=chosen.seed, length=length)
         tell("prepare", 1, 1)
         trained = _fit(run, model, chosen, encoded, labels, tell, say)
         metrics = {}
@@ -178,18 +182,26 @@ def device_of(device: str | None) -> str:
 
 
 def sets_of(
-    data: str, validation: str | None, test: str | None, share: float, columns: dict[str, str]
+    data: str,
+    validation: str | None,
+    test: str | None,
+    share: float,
+    reading: Callable[[str], Examples],
+    per_class: int | None = None,
 ) -> tuple[dict[str, Examples], list[str]]:
-    """{"train", "validation", "test": examples}, those that there are, and the classes."""
-    whole = read(data, **columns)  # type: ignore[arg-type]
+    """{"train", "validation", "test": examples}, those that there are, as `reading` finds them, and the
+    classes. `per_class`: so many training examples of every class, None: all that there are."""
+    whole = reading(data)
     names = classes_of(whole)
     sets = {"train": whole}
     if validation is not None:
-        sets["validation"] = read(validation, **columns)  # type: ignore[arg-type]
+        sets["validation"] = reading(validation)
     elif share:
         sets["train"], sets["validation"] = held_out(whole, share)
+    if per_class is not None:
+        sets["train"] = balanced(sets["train"], per_class)
     if test is not None:
-        sets["test"] = read(test, **columns)  # type: ignore[arg-type]
+        sets["test"] = reading(test)
     return sets, names
 
 
