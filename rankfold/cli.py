@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rankfold import cli_adapt, cli_classify, cli_export, cli_pretrain
+from rankfold import cli_adapt, cli_classify, cli_export, cli_hoi, cli_hoi_use, cli_pretrain
 from rankfold.cli_options import (
     Data,
     Device,
@@ -33,6 +33,8 @@ __all__ = [
     "cli_adapt",
     "cli_classify",
     "cli_export",
+    "cli_hoi",
+    "cli_hoi_use",
     "cli_pretrain",
     "main",
 ]  # importing those registers commands

@@ -58,10 +58,14 @@ class TextEncoder:
             )
         return cls(model.to(device), tokenizer, name)
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """The name, and a hash of the weights: features of two encoders never pass for each other."""
-        return f"{self.name} {tensors_hash({k: t for k, t in self.model.state_dict().items() if _read(k)})}"
+        return f"{self.name} {self._hash}"
+
+    @cached_property
+    def _hash(self) -> str:
+        return tensors_hash({k: t for k, t in self.model.state_dict().items() if _read(k)})
 
     @property
     def length(self) -> int:
