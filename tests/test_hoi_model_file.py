@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,19 @@ def test_auto_classes_know_it(tmp_path: Path) -> None:
     opened = AutoModel.from_pretrained(tmp_path)
     assert isinstance(opened, HolaModel)
     assert not any(p.requires_grad for p in opened.vision.tower.parameters())
+
+
+def test_a_process_that_imports_nothing_of_ours_opens_it(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    code = (
+        "import sys; from transformers import AutoModel; model = AutoModel.from_pretrained(sys.argv[1]); "
+        "print(type(model).__name__, model.table.verbs[0])"
+    )
+    environment = {**os.environ, "RANKFOLD_AUTOLOAD": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment
+    )
+    assert run.stdout.split() == ["HolaModel", "ride"], run.stderr
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:

@@ -192,7 +192,9 @@ def make_deb(path: Path) -> None:
     path.write_bytes(body)
 
 
-@pytest.mark.parametrize("blob_", [None, b"no gzip", gzip.compress(b"x" * 20)], ids=["none", "no gzip", "no idx"])
+@pytest.mark.parametrize(
+    "blob_", [None, b"no gzip", gzip.compress(b"x" * 20)], ids=["none", "no gzip", "no idx"]
+)
 def test_an_idx_file_is_what_it_says(blob_: bytes | None) -> None:
     with pytest.raises(ValueError, match="labels is not an idx file"):
         idx(blob_, "labels")
