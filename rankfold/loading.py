@@ -6,6 +6,7 @@ opens as a causal language model. Never runs code from a checkpoint.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,16 @@ def image_processor(source: str) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
     except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def one_device(device: str | None, command: str) -> str:
+    """ "cpu" or "cuda", by default a GPU where there is one. Raises ValueError for another, for one that is
+    not there, and under torchrun, by the name of the command, which uses one process."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place not in ("cpu", "cuda"):
+        raise ValueError(f"--device {place!r}: cpu or cuda; CUDA_VISIBLE_DEVICES says which")
+    if place == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"rankfold {command} runs in one process; start it without torchrun")
+    return place

@@ -32,11 +32,11 @@ from rankfold.adapt.pixels import Reading
 from rankfold.atomic import check_folder
 from rankfold.classify.rows import SUFFIXES
 from rankfold.classify.settings import Training
-from rankfold.classify.training import device_of
 from rankfold.data_classes import CLASSES
 from rankfold.data_images import IMAGES
 from rankfold.gguf import PACKAGED, packaged_model
 from rankfold.judge import Bars
+from rankfold.loading import one_device
 
 DTYPES = ("float32", "bfloat16")
 # Options by what they are of; those of every task stand nowhere.
@@ -126,7 +126,7 @@ def adapt(
         choice=chosen,
         form=form,
         dtype=dtype,
-        device=device_of(device),
+        device=one_device(device, "adapt"),
         seed=seed,
         progress=progress,
         say=say,

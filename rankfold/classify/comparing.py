@@ -22,8 +22,9 @@ from rich.table import Table
 from rankfold.atomic import sync, writing_file
 from rankfold.classify.examples import check_spec, read
 from rankfold.classify.settings import Choice, options_of, training
-from rankfold.classify.training import device_of, train
+from rankfold.classify.training import train
 from rankfold.judge import Bars
+from rankfold.loading import one_device
 from rankfold.report import encode as as_json
 from rankfold.report_format import count, percent, size
 from rankfold.report_format import seconds as duration
@@ -82,7 +83,7 @@ def compare(
         if check_spec(data).split != "train":
             raise ValueError(f"--test: name the examples that the models are judged on; {data!r} trains them")
         test = data.removesuffix("train") + "test"
-    place = device_of(device)
+    place = one_device(device, "classify")
     for choice in chosen:
         for seed in seeds:
             training(choice, device=place, seed=seed, **settings)

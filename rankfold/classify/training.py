@@ -9,7 +9,6 @@ its last checkpoint, to the same weights.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +46,7 @@ from rankfold.classify.trainer import (
     restore_,
 )
 from rankfold.judge import Bars
+from rankfold.loading import one_device
 from rankfold.metrics import Progress
 from rankfold.pretrain.run import Run, step_of
 from rankfold.pretrain.trainer import Stopped, stopping
@@ -89,7 +89,7 @@ def train(
     number; `Stopped` where a signal ended the run, with a checkpoint.
     """
     choice = choice or Choice()
-    place = device_of(device)
+    place = one_device(device, "classify")
     chosen = training(choice, device=place, **settings)
     length = chosen.length
     assert length is not None  # of images alone
@@ -167,18 +167,6 @@ def train(
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     with writing_file(folder / FACTS) as beside:
         beside.write_text(json.dumps(as_json(facts, FACTS), indent=1, allow_nan=False), encoding="utf-8")
-
-
-def device_of(device: str | None) -> str:
-    """ "cpu" or "cuda". Raises ValueError for another, for one that is not there, and under torchrun."""
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if place not in ("cpu", "cuda"):
-        raise ValueError(f"--device {place!r}: cpu or cuda; CUDA_VISIBLE_DEVICES says which")
-    if place == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device here")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("rankfold classify trains in one process; start it without torchrun")
-    return place
 
 
 def sets_of(

@@ -4,11 +4,9 @@ the same in words, for the terminal and the page."""
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankfold.atomic import writing_file
@@ -91,15 +89,3 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
     found["model"] = ", ".join(f"{name} {value}" for name, value in model["options"].items())
     found["versions"] = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     return found
-
-
-def device_of(device: str | None) -> str:
-    """ "cpu" or "cuda". Raises ValueError for another, for one that is not there, and under torchrun."""
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if place not in ("cpu", "cuda"):
-        raise ValueError(f"--device {place!r}: cpu or cuda; CUDA_VISIBLE_DEVICES says which")
-    if place == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device here")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("rankfold hoi trains in one process; start it without torchrun")
-    return place

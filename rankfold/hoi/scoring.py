@@ -11,7 +11,7 @@ from rankfold.hoi.annotations import Annotations, Bad
 from rankfold.hoi.confusion import confusions
 from rankfold.hoi.detector import Detector, extract
 from rankfold.hoi.evaluation import evaluate
-from rankfold.hoi.facts import device_of, lines, read_facts, split_of
+from rankfold.hoi.facts import lines, read_facts, split_of
 from rankfold.hoi.folder import Part, open_part
 from rankfold.hoi.loader import HoiDataset
 from rankfold.hoi.precision import check_points
@@ -22,6 +22,7 @@ from rankfold.hoi.showing import SHOWN, shown_of
 from rankfold.hoi.sources import check_queries, looking, opened
 from rankfold.hoi.visualise_page import page
 from rankfold.judge import Bars
+from rankfold.loading import one_device
 
 
 def score(
@@ -55,7 +56,7 @@ def score(
     if batch_size < 1 or workers < 0:
         raise ValueError(f"--batch-size {batch_size} and --workers {workers}: at least 1, and at least 0")
     check_points(points)
-    place = device_of(device)
+    place = one_device(device, "hoi")
     facts = read_facts(folder)
     model = open_model(folder, place)
     table = model.table
@@ -118,7 +119,7 @@ def detect(
     for part in given:
         if part.detections.exists() and not overwrite:
             raise ValueError(f"{part.detections} exists: --overwrite replaces it, --out names another file")
-    place = device_of(device)
+    place = one_device(device, "hoi")
     found = Detector.open(name, given[0].annotations.table, place, revision=revision, selection=selection)
     with progress() as tell:
         for part in given:

@@ -15,7 +15,7 @@ from rankfold.atomic import writing_file
 from rankfold.hoi.annotations import Bad, Scene
 from rankfold.hoi.classes import ClassTable
 from rankfold.hoi.evaluation import Predicted
-from rankfold.hoi.facts import device_of, read_facts, split_of
+from rankfold.hoi.facts import read_facts, split_of
 from rankfold.hoi.folder import open_part
 from rankfold.hoi.loader import HoiDataset, open_image
 from rankfold.hoi.model import HolaModel
@@ -24,6 +24,7 @@ from rankfold.hoi.sources import check_queries, looking, opened, source_of
 from rankfold.hoi.visualise import draw
 from rankfold.hoi.visualise_page import Shown, page
 from rankfold.judge import Bars
+from rankfold.loading import one_device
 
 SHOWN = 6  # images of a part on the page of a training
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -46,7 +47,7 @@ def find(
     for path in images:
         if not Path(path).is_file():
             raise ValueError(f"no image {path}")
-    place = device_of(device)
+    place = one_device(device, "hoi")
     facts = read_facts(folder)
     model = open_model(folder, place)
     source = source_of(facts, model.table, place, detector=detector, detections=detections)
@@ -137,7 +138,7 @@ def _part(
     device: str | None,
     progress: Bars,
 ) -> tuple[HolaModel, list[tuple[str, Predicted, Scene | None]]]:
-    place = device_of(device)
+    place = one_device(device, "hoi")
     model = open_model(folder, place)
     given = open_part(data, part, table=model.table, **places)
     source = opened(given, looking(detector, model.table, place))

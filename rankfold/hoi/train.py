@@ -19,7 +19,7 @@ from rankfold.checkpoint import verify
 from rankfold.hoi.annotations import Bad
 from rankfold.hoi.build import Choice, build, check_vision, check_width, open_text
 from rankfold.hoi.evaluation import evaluate
-from rankfold.hoi.facts import device_of, lines, part_facts, size_of, write_facts
+from rankfold.hoi.facts import lines, part_facts, size_of, write_facts
 from rankfold.hoi.folder import TEXT, has_part, open_part
 from rankfold.hoi.loader import Batches, HoiDataset
 from rankfold.hoi.model import HolaModel
@@ -34,6 +34,7 @@ from rankfold.hoi.text_file import save_features
 from rankfold.hoi.trainer import HoiTrainer, Watch, epochs_of, steps_of
 from rankfold.hoi.visualise_page import page
 from rankfold.judge import Bars
+from rankfold.loading import one_device
 from rankfold.metrics import Progress
 from rankfold.pretrain.run import Run, step_of
 from rankfold.pretrain.trainer import train_to_the_end
@@ -82,7 +83,7 @@ def train(
     number; `Stopped` where a signal ended the run, with a checkpoint.
     """
     choice = choice or Choice()
-    place = device_of(device)
+    place = one_device(device, "hoi")
     given = {name: value for name, value in settings.items() if value is not None}
     chosen, terms = Training(device=place, **given), losses(choice.upstream, **(weights or {}))
     check_points(points)
