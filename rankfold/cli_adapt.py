@@ -54,6 +54,7 @@ from rankfold.cli_options import (
     Targets,
     Verify,
     Warmup,
+    check_resume,
 )
 from rankfold.cli_session import app, console, print_json, session
 from rankfold.progress import bars
@@ -167,8 +168,7 @@ def adapt(
     """
     with session(json_):
         check_alone(ctx.params)
-        if resume and restart:
-            raise ValueError("--resume and --restart: one of them")
+        check_resume(resume, restart)
         if heal is None:
             _recipe(model, out, json_, of_recipe(ctx.params))
             return

@@ -41,16 +41,12 @@ from rankfold.cli_classify_options import (
     options,
     settings,
 )
-from rankfold.cli_options import Device, Json, Out, Overwrite, Restart, Resume, Verify
-from rankfold.cli_session import app, console, print_json, session
+from rankfold.cli_options import Device, Json, Out, Overwrite, Restart, Resume, Verify, check_resume
+from rankfold.cli_session import app, console, print_json, say, session
 from rankfold.progress import bars
 
 group = typer.Typer(help="Text classification: train, predict, explain, compare.", no_args_is_help=True)
 app.add_typer(group, name="classify")
-
-
-def _say(words: str) -> None:
-    console.print(words, highlight=False, markup=False, soft_wrap=True)
 
 
 @group.command()
@@ -101,8 +97,7 @@ def train(
     Stopped or killed, the same command goes on from the last checkpoint, to the same weights.
     """
     with session(json_):
-        if resume and restart:
-            raise ValueError("--resume and --restart: one of them")
+        check_resume(resume, restart)
         from rankfold import classify
         from rankfold.classify.tables import print_facts
 
@@ -124,13 +119,13 @@ def train(
             check=verify,
             overwrite=overwrite,
             progress=lambda: bars(console),
-            say=_say,
+            say=say,
         )
         if json_:
             print_json({"out": str(folder), **facts})
             return
         print_facts(facts, Console())
-        _say(f"\nWrote {folder}: rankfold classify predict {folder} DATA")
+        say(f"\nWrote {folder}: rankfold classify predict {folder} DATA")
 
 
 @group.command()
@@ -169,7 +164,7 @@ def predict(
             batch_size=batch_size,
             device=device,
             progress=lambda: bars(console),
-            say=_say,
+            say=say,
         )
         if json_:
             print_json(found if out is None else {**found, "predictions": None, "out": out})
@@ -212,7 +207,7 @@ def explain(
         if json_:
             print_json(found)
             return
-        _say(f"Wrote {out}: {found['texts']} texts, {found['heads']} heads")
+        say(f"Wrote {out}: {found['texts']} texts, {found['heads']} heads")
 
 
 @group.command()
@@ -287,10 +282,10 @@ def compare(
             device=device,
             **settings(ctx.params),
             progress=lambda: bars(console),
-            say=_say,
+            say=say,
         )
         if json_:
             print_json({"out": out, "rows": rows})
             return
         Console().print(table_of(rows))
-        _say(f"\nWrote {out}/results.jsonl and {out}/table.md")
+        say(f"\nWrote {out}/results.jsonl and {out}/table.md")

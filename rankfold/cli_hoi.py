@@ -18,8 +18,19 @@ from rankfold.cli_hoi_options import (
     Workers,
     training_options,
 )
-from rankfold.cli_options import Device, Json, KeepRun, Out, OutOfRun, Overwrite, Restart, Resume, Verify
-from rankfold.cli_session import app, console, print_json, session
+from rankfold.cli_options import (
+    Device,
+    Json,
+    KeepRun,
+    Out,
+    OutOfRun,
+    Overwrite,
+    Restart,
+    Resume,
+    Verify,
+    check_resume,
+)
+from rankfold.cli_session import app, console, print_json, say, session
 from rankfold.progress import bars
 
 group = typer.Typer(
@@ -27,10 +38,6 @@ group = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(group, name="hoi")
-
-
-def say(words: str) -> None:
-    console.print(words, highlight=False, markup=False, soft_wrap=True)
 
 
 @group.command()
@@ -196,8 +203,7 @@ def train(
     Stopped or killed, the same command goes on from the last checkpoint, to the same weights.
     """
     with session(json_):
-        if resume and restart:
-            raise ValueError("--resume and --restart: one of them")
+        check_resume(resume, restart)
         from rankfold.hoi.build import Choice
         from rankfold.hoi.making import settings_file
         from rankfold.hoi.train import train as run

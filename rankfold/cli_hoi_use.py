@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rankfold.cli_hoi import group, say
+from rankfold.cli_hoi import group
 from rankfold.cli_hoi_options import (
     DATA,
     AnnotationFile,
@@ -22,7 +22,7 @@ from rankfold.cli_hoi_options import (
     Workers,
 )
 from rankfold.cli_options import Device, Json
-from rankfold.cli_session import console, print_json, session
+from rankfold.cli_session import console, print_json, say, session
 from rankfold.progress import bars
 
 

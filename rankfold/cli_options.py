@@ -53,3 +53,9 @@ def rank_of(text: str | None) -> int | float | None:
         raise ValueError(
             f"--rank {text!r}: an integer such as 128, or a share of break-even such as 0.25"
         ) from error
+
+
+def check_resume(resume: bool, restart: bool) -> None:
+    """Raise ValueError where both are asked for."""
+    if resume and restart:
+        raise ValueError("--resume and --restart: one of them")

@@ -21,6 +21,7 @@ from rankfold.cli_options import (
     Targets,
     Verify,
     Warmup,
+    check_resume,
     rank_of,
 )
 from rankfold.cli_session import app, console, print_json, session
@@ -127,8 +128,7 @@ def pretrain(
     Stopped or killed, the same command goes on from the last checkpoint, to the same losses.
     """
     with session(json_):
-        if resume and restart:
-            raise ValueError("--resume and --restart: one of them")
+        check_resume(resume, restart)
         from rankfold.pretrain import pretrain as run
 
         first = is_first()

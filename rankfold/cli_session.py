@@ -21,6 +21,11 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 
+def say(words: str) -> None:
+    """A line on stderr, as it is: no markup, no colours, no breaks of ours."""
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def session(quiet: bool) -> Iterator[None]:
     """Libraries quiet, progress on stderr, and one line for an error of the user's."""

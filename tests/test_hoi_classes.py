@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,14 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from toy_hoi import table
+from toy_hoi import needs_consnet, table
 
 from rankfold.hoi import consnet
 from rankfold.hoi.classes import ClassTable, from_consnet, from_hicodet, from_vcoco, gerund, with_article
-
-needs_consnet = pytest.mark.skipif(
-    importlib.util.find_spec("consnet") is None, reason="consnet, with HICO-DET's lists, is not installed"
-)
 
 
 def hico(**changes: Any) -> dict[str, Any]:

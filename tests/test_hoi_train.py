@@ -15,7 +15,7 @@ import pytest
 import torch
 from drawn_hoi import UNSEEN, drawn, quiet, run
 from safetensors.torch import load_file
-from toy_hoi import table, texts, unit
+from toy_hoi import needs_consnet, table, texts, unit
 
 from rankfold.hoi.build import Choice
 from rankfold.hoi.facts import read_facts, split_of
@@ -222,17 +222,15 @@ def test_texts_of_another_width_are_refused_before_anything_is_trained(data: Pat
     assert facts["model"]["vision"].endswith("fits")
 
 
+@needs_consnet
 def test_a_step_of_the_real_setting_with_twenty_verbs_without_examples() -> None:
     """Trap 20, with the 600 classes: two scenes of seen classes, and everything stays a number."""
     from rankfold.hoi.build import build
     from rankfold.hoi.classes import from_consnet
-    from rankfold.hoi.consnet import installed
     from rankfold.hoi.regime import HolaRegime
     from rankfold.hoi.splits import split
     from rankfold.hoi.text import TextFeatures
 
-    if not installed():
-        pytest.skip("the package consnet is not installed")
     classes = from_consnet()
     hidden = split(classes, "UV")
     assert len(hidden.unseen_verbs) == 20

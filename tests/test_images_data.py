@@ -11,21 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from toy_images import photos, picture
+from toy_images import blob, photos, picture, read
 
-from rankfold.adapt.pictures import read_images
 from rankfold.classify.examples import held_out, warnings_of
 from rankfold.data_images import folder, idx, packaged_images
-
-
-def read(spec: Path | str, **more: Any) -> Any:
-    return read_images(str(spec), lambda *_: None, **more)
-
-
-def blob(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
-    held = io.BytesIO()
-    image.save(held, kind, **more)
-    return held.getvalue()
 
 
 def test_a_folder_a_table_and_a_saved_set_are_the_same(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_images import backbone, photos, picture
+from toy_images import backbone, blob, photos, picture, read
 
-from rankfold.adapt.pictures import read_images
 from rankfold.adapt.pixels import Pixels, Reading, processor_of, vary
 from rankfold.data_pictures import checked, decode
-
-
-def read(spec: Path | str, **more: Any) -> Any:
-    return read_images(str(spec), lambda *_: None, **more)
-
-
-def blob(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
-    held = io.BytesIO()
-    image.save(held, kind, **more)
-    return held.getvalue()
 
 
 def test_every_kind_of_picture_becomes_rgb() -> None:

@@ -5,11 +5,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.hoi.classes import ClassTable
+from rankfold.hoi.consnet import installed
+
+needs_consnet = pytest.mark.skipif(
+    not installed(),
+    reason="HICO-DET's class lists, under the GPL: pip install --no-deps consnet==1.2.0",
+)
 
 VERBS = ("ride", "hold", "hug", "wash", "feed", "no_interaction")
 OBJECTS = ("bicycle", "person", "dog", "cup")

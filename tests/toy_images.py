@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from rankfold.adapt.pictures import read_images
 
 IMAGES: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 5e-3, "device": "cpu"}
 CLASSES = ("green", "red")
@@ -51,3 +54,13 @@ def backbone(folder: Path, *, head: tuple[str, ...] = (), processor: bool = True
     if processor:
         ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return str(folder)
+
+
+def read(spec: Path | str, **more: Any) -> Any:
+    return read_images(str(spec), lambda *_: None, **more)
+
+
+def blob(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
+    held = io.BytesIO()
+    image.save(held, kind, **more)
+    return held.getvalue()

@@ -6,7 +6,6 @@ examples -> model with a head -> adapters on -> scores before -> Trainer -> best
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +21,12 @@ from rankfold.classify.encode import Batches, Inputs, logits_of
 from rankfold.classify.examples import Examples, numbers
 from rankfold.classify.scores import confusion, scores
 from rankfold.classify.settings import Training
-from rankfold.classify.trainer import best, epochs_of, evaluations, exhausted, history_of, restore_
+from rankfold.classify.trainer import best, epochs_of, evaluations, train_to_the_best
 from rankfold.footprint import params
 from rankfold.metrics import Progress
 from rankfold.pretrain.report import thinned
-from rankfold.pretrain.run import Run, step_of
-from rankfold.pretrain.trainer import Stopped, curves, stopping
+from rankfold.pretrain.run import Run
+from rankfold.pretrain.trainer import curves
 from rankfold.provenance import weights_hash
 
 
@@ -133,23 +132,7 @@ def _fit(
     trainer = ClassifierTrainer(
         model, run.folder, training, batches, held, watch, autocast=job.dtype == "bfloat16"
     )
-    found = run.checkpoint()
-    done = step_of(found) if found else 0
-    history = history_of(found) if found else []
-    if found:
-        job.say(f"going on from {found}")
-    began = time.perf_counter()
-    if done < len(batches) and not exhausted(evaluations(history), training):
-        run.note(done)
-        with stopping(watch):
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
-        history, done = trainer.state.log_history, trainer.state.global_step
-        if watch.stop and done < len(batches) and not exhausted(evaluations(history), training):
-            raise Stopped(
-                f"stopped after step {done} of {len(batches)}, with a checkpoint in {run.folder}; the same "
-                "command goes on"
-            )
-    restore_(model, run.folder)
+    history, done, seconds = train_to_the_best(trainer, watch, run, job.say)
     train, validated = curves(history)
     seen = evaluations(history)
     return watch, {
@@ -159,6 +142,6 @@ def _fit(
         "stopped_early": done < len(batches),
         "train": thinned(train),
         "validation": validated,
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         "sessions": run.sessions,
     }

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -22,6 +24,7 @@ from rankfold.atomic import writing_file
 from rankfold.classify.encode import Batches, Inputs, logits_of
 from rankfold.classify.settings import Training
 from rankfold.pretrain import trainer as pretraining
+from rankfold.pretrain.run import Run, step_of
 from rankfold.pretrain.settings import Settings
 from rankfold.report_format import percent
 
@@ -159,6 +162,33 @@ def history_of(checkpoint: Path) -> list[dict[str, Any]]:
     """The log that a checkpoint holds."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state["log_history"]
+
+
+def train_to_the_best(
+    trainer: ClassifyTrainer, watch: pretraining.Watch, run: Run, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int, float]:
+    """Train to the end of all epochs or of patience, from the run's checkpoint on if it has one, and load the
+    best weights. Returns the log, the steps done in all, and the seconds of this session. Raises `Stopped`
+    where a signal ended it before that."""
+    total, settings = trainer.args.max_steps, trainer.settings
+    found = run.checkpoint()
+    done, history = (step_of(found), history_of(found)) if found else (0, [])
+    if found:
+        say(f"going on from {found}")
+    began = time.perf_counter()
+    if done < total and not exhausted(evaluations(history), settings):
+        run.note(done)
+        with pretraining.stopping(watch):
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+        history, done = trainer.state.log_history, trainer.state.global_step
+        if watch.stop and done < total and not exhausted(evaluations(history), settings):
+            raise pretraining.Stopped(
+                f"stopped after step {done} of {total}, with a checkpoint in {run.folder}; the same command "
+                "goes on"
+            )
+    seconds = time.perf_counter() - began
+    restore_(cast(nn.Module, trainer.model), run.folder)
+    return history, done, seconds
 
 
 def keep(model: nn.Module, folder: Path) -> None:

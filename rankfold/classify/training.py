@@ -9,7 +9,6 @@ its last checkpoint, to the same weights.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,15 +40,12 @@ from rankfold.classify.trainer import (
     best,
     epochs_of,
     evaluations,
-    exhausted,
-    history_of,
-    restore_,
+    train_to_the_best,
 )
 from rankfold.judge import Bars
 from rankfold.loading import one_device
 from rankfold.metrics import Progress
-from rankfold.pretrain.run import Run, step_of
-from rankfold.pretrain.trainer import Stopped, stopping
+from rankfold.pretrain.run import Run
 from rankfold.provenance import versions
 from rankfold.report import encode as as_json
 from rankfold.report_format import percent
@@ -253,26 +249,7 @@ def _fit(
         held = encoded["validation"], torch.tensor(labels["validation"])
     watch = Watch(tell, say, batches.per_epoch)
     trainer = ClassifyTrainer(model, run.folder, chosen, batches, held, watch)
-    found = run.checkpoint()
-    done = step_of(found) if found else 0
-    history = history_of(found) if found else []
-    over = done >= len(batches) or exhausted(evaluations(history), chosen)
-    seconds = 0.0
-    if found:
-        say(f"going on from {found}")
-    if not over:
-        run.note(done)
-        began = time.perf_counter()
-        with stopping(watch):
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
-        seconds = time.perf_counter() - began
-        history, done = trainer.state.log_history, trainer.state.global_step
-        if watch.stop and done < len(batches) and not exhausted(evaluations(history), chosen):
-            raise Stopped(
-                f"stopped after step {done} of {len(batches)}, with a checkpoint in {run.folder}; the same "
-                "command goes on"
-            )
-    restore_(model, run.folder)
+    history, done, seconds = train_to_the_best(trainer, watch, run, say)
     seen = evaluations(history)
     return {
         "epochs": epochs_of(history, batches.per_epoch),
